@@ -1,0 +1,319 @@
+"""MobileNetV1 and MobileNetV2 with Ultra-Lightweight Subspace Attention in the place of heavy blocks.
+
+Papers:
+* `ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks`
+  - https://arxiv.org/abs/2006.15102
+* `MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications`
+  - https://arxiv.org/abs/1704.04861
+* `MobileNetV2: Inverted Residuals and Linear Bottlenecks` - https://arxiv.org/abs/1801.04381
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
+from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
+from timm.models._features import FeatureHooks
+from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
+from torch import nn
+
+from ..layers import ULSAM
+from ..pretrained import checked_cfg
+
+__all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
+
+# A stage is (expansion, channels, blocks, stride of the first block), as in the papers' tables.
+_MOBILENETV1 = ((1, 64, 1, 1), (1, 128, 2, 2), (1, 256, 2, 2), (1, 512, 6, 2), (1, 1024, 2, 2))
+_MOBILENETV2 = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+Blocks = int | Sequence[int]
+
+
+class ULSAMBlock(ULSAM):
+    """`ULSAM` as a block of timm's EfficientNet: it takes stochastic depth and tells its features.
+
+    Shape: (N, channels, H, W) to the same.
+
+    Args:
+        channels: Number of channels of the input.
+        num_splits: Number of subspaces.
+        drop_path_rate: Rate at which a sample skips the attention in training.
+        **kwargs: As for `ULSAM`.
+    """
+
+    def __init__(self, channels: int, num_splits: int = 4, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(channels, num_splits, **kwargs)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+        self.has_drop_path = drop_path_rate > 0
+
+    def feature_info(self, location: str) -> dict[str, Any]:
+        # nothing is expanded inside, so every location is the output
+        return dict(module="", hook_type="forward", num_chs=self.channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        if self.has_drop_path:
+            y = x + self.drop_path(y - x)
+        return y
+
+
+def _block_numbers(name: str, value: Blocks, accepted: list[int], why: str) -> list[int]:
+    numbers = [value] if isinstance(value, int) else list(value)
+    for number in numbers:
+        if not isinstance(number, int) or isinstance(number, bool) or number not in accepted:
+            raise ValueError(f"{name}={value!r}: {number!r} is not a block that {why}; accepted: {accepted}")
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"{name}={value!r} names a block more than once")
+    return numbers
+
+
+def _place_ulsam(
+    stages: nn.Sequential,
+    block_args: list[list[dict[str, Any]]],
+    num_splits: int,
+    replace_blocks: Blocks,
+    insert_after: Blocks,
+    norm_layer: Callable[..., nn.Module] | None,
+    **dd: Any,
+) -> None:
+    """Put ULSAM into the built stages of a MobileNet, in place. Blocks are numbered from 1 through all stages."""
+    args = [a for stage in block_args for a in stage]  # in_chs, out_chs and stride as built
+    numbers = list(range(1, len(args) + 1))
+    same_shape = [n for n, a in zip(numbers, args, strict=True) if a["stride"] == 1 and a["in_chs"] == a["out_chs"]]
+    replaced = _block_numbers("replace_blocks", replace_blocks, same_shape, "keeps the shape of its input")
+    inserted = _block_numbers("insert_after", insert_after, numbers, "exists")
+
+    number = 0
+    for stage_index, stage in enumerate(stages):
+        blocks: dict[str, nn.Module] = {}
+        for name, block in stage.named_children():
+            number += 1
+            make = partial(
+                ULSAMBlock,
+                args[number - 1]["out_chs"],
+                num_splits,
+                drop_path_rate=args[number - 1]["drop_path_rate"],
+                norm_layer=norm_layer or nn.BatchNorm2d,
+                **dd,
+            )
+            blocks[name] = make() if number in replaced else block
+            if number in inserted:
+                # a name of its own, so that the blocks behind it keep theirs
+                blocks[f"{name}_ulsam"] = make()
+        stages[stage_index] = nn.Sequential()
+        for name, block in blocks.items():
+            stages[stage_index].add_module(name, block)
+
+
+class MobileNetULSAM(EfficientNet):
+    """timm's EfficientNet (which holds MobileNetV1 and V2) with ULSAM in the place of, or after, some blocks.
+
+    Blocks are numbered from 1: 1 to 17 in MobileNetV2 (inverted residuals), 1 to 13 in MobileNetV1 (depthwise
+    separable). All other blocks keep timm's parameter names.
+
+    Args:
+        block_args: Decoded architecture, as for `EfficientNet`.
+        num_splits: Number of subspaces of every ULSAM.
+        replace_blocks: Blocks in whose place a ULSAM goes; only blocks that keep the shape of their input.
+        insert_after: Blocks after which a ULSAM goes.
+        **kwargs: As for `EfficientNet`.
+
+    Raises:
+        ValueError: If a block does not exist or cannot be replaced (the accepted ones are listed), or `num_splits`
+            does not divide its channels.
+    """
+
+    def __init__(
+        self,
+        block_args: list[list[dict[str, Any]]],
+        *,
+        num_splits: int = 4,
+        replace_blocks: Blocks = (),
+        insert_after: Blocks = (),
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(block_args, norm_layer=norm_layer, **kwargs, **dd)
+        _place_ulsam(self.blocks, block_args, num_splits, replace_blocks, insert_after, norm_layer, **dd)
+
+
+class MobileNetULSAMFeatures(EfficientNetFeatures):
+    """`MobileNetULSAM` as a backbone that returns its feature maps (`features_only=True`).
+
+    Args and raises as for `MobileNetULSAM`, and those of timm's `EfficientNetFeatures`.
+    """
+
+    def __init__(
+        self,
+        block_args: list[list[dict[str, Any]]],
+        *,
+        num_splits: int = 4,
+        replace_blocks: Blocks = (),
+        insert_after: Blocks = (),
+        feature_location: str = "bottleneck",
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(block_args, norm_layer=norm_layer, **kwargs, **dd)
+        _place_ulsam(self.blocks, block_args, num_splits, replace_blocks, insert_after, norm_layer, **dd)
+        if feature_location != "bottleneck":
+            # hooks go onto the blocks as placed, so they are registered here and not by the parent
+            for info in self.feature_info.info:
+                if info["stage"] > 0:
+                    name, block = list(self.blocks[info["stage"] - 1].named_children())[-1]
+                    info.update(block.feature_info(feature_location))
+                    info["module"] = f"blocks.{info['stage'] - 1}.{name}.{info['module']}".rstrip(".")
+            hooks = self.feature_info.get_dicts(keys=("module", "hook_type"))
+            self.feature_hooks = FeatureHooks(hooks, self.named_modules())
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv_stem",
+        "classifier": "classifier",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2006.15102",
+        "paper_name": "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "mobilenetv2_ulsam.untrained": _cfg(),
+        "mobilenetv2_ulsam_s.untrained": _cfg(),
+        "mobilenetv2_ulsam_l.untrained": _cfg(),
+        "mobilenetv2_ulsam_050.untrained": _cfg(),
+        "mobilenetv1_ulsam.untrained": _cfg(),
+        "mobilenetv1_ulsam_075.untrained": _cfg(),
+        "mobilenetv1_ulsam_050.untrained": _cfg(),
+    }
+)
+
+
+def _create_mobilenet_ulsam(
+    variant: str,
+    pretrained: bool,
+    arch_def: list[list[str]],
+    num_features: int,
+    channel_multiplier: float,
+    **kwargs: Any,
+) -> MobileNetULSAM | MobileNetULSAMFeatures:
+    round_chs_fn = partial(round_channels, multiplier=channel_multiplier)
+    model_cls, build_kwargs = MobileNetULSAM, {}
+    features_only = kwargs.pop("features_only", False)
+    # features come from a class of their own, unless another way to extract them is asked for
+    features_cls = features_only and "feature_cfg" not in kwargs and "feature_cls" not in kwargs
+    if features_cls:
+        model_cls = MobileNetULSAMFeatures
+        build_kwargs = dict(
+            kwargs_filter=("num_classes", "num_features", "global_pool"),
+            pretrained_strict=False,  # the head is not there
+        )
+    cfg = resolve_pretrained_cfg(
+        variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    )
+    if pretrained:
+        cfg = checked_cfg(cfg, kwargs.get("cache_dir"))
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=cfg.to_dict(),
+        features_only=features_only and not features_cls,
+        block_args=decode_arch_def(arch_def),
+        num_features=max(num_features, round_chs_fn(num_features)) if num_features else 0,
+        stem_size=32,
+        round_chs_fn=round_chs_fn,
+        norm_layer=kwargs.pop("norm_layer", None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
+        act_layer=resolve_act_layer(kwargs, "relu6"),
+        **build_kwargs,
+        **kwargs,
+    )
+    if features_cls:
+        model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+    return model
+
+
+def _mobilenetv1_ulsam(variant: str, pretrained: bool, channel_multiplier: float = 1.0, **kwargs: Any):
+    arch_def = [[f"dsa_r{n}_k3_s{s}_c{c}"] for _, c, n, s in _MOBILENETV1]
+    kwargs = dict(dict(replace_blocks=(11,)), **kwargs)
+    return _create_mobilenet_ulsam(variant, pretrained, arch_def, 0, channel_multiplier, **kwargs)
+
+
+def _mobilenetv2_ulsam(variant: str, pretrained: bool, channel_multiplier: float = 1.0, **kwargs: Any):
+    # a block that does not expand has no first 1x1 convolution: depthwise separable
+    arch_def = [[f"{'ir' if e > 1 else 'ds'}_r{n}_k3_s{s}_e{e}_c{c}"] for e, c, n, s in _MOBILENETV2]
+    return _create_mobilenet_ulsam(variant, pretrained, arch_def, 1280, channel_multiplier, **kwargs)
+
+
+@register_model
+def mobilenetv2_ulsam(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
+    """MobileNetV2, ULSAM (g = 4) in the place of blocks 13 and 16: the paper's headline, 13 % fewer multiply-adds."""
+    model_args = dict(replace_blocks=(13, 16))
+    return _mobilenetv2_ulsam("mobilenetv2_ulsam", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobilenetv2_ulsam_s(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
+    """MobileNetV2, ULSAM (g = 4) in the place of blocks 12, 13, 15 and 16: 25 % fewer multiply-adds."""
+    model_args = dict(replace_blocks=(12, 13, 15, 16))
+    return _mobilenetv2_ulsam("mobilenetv2_ulsam_s", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobilenetv2_ulsam_l(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
+    """MobileNetV2, ULSAM (g = 4) inserted after block 16, nothing replaced."""
+    model_args = dict(insert_after=(16,))
+    return _mobilenetv2_ulsam("mobilenetv2_ulsam_l", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobilenetv2_ulsam_050(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
+    """MobileNetV2 at half width, ULSAM (g = 4) in the place of blocks 13 and 16."""
+    model_args = dict(channel_multiplier=0.5, replace_blocks=(13, 16))
+    return _mobilenetv2_ulsam("mobilenetv2_ulsam_050", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def mobilenetv1_ulsam(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
+    """MobileNetV1, ULSAM (g = 4) in the place of block 11."""
+    return _mobilenetv1_ulsam("mobilenetv1_ulsam", pretrained, **kwargs)
+
+
+@register_model
+def mobilenetv1_ulsam_075(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
+    """MobileNetV1 at width 0.75, ULSAM (g = 4) in the place of block 11."""
+    return _mobilenetv1_ulsam("mobilenetv1_ulsam_075", pretrained, **dict(dict(channel_multiplier=0.75), **kwargs))
+
+
+@register_model
+def mobilenetv1_ulsam_050(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
+    """MobileNetV1 at half width, ULSAM (g = 4) in the place of block 11."""
+    return _mobilenetv1_ulsam("mobilenetv1_ulsam_050", pretrained, **dict(dict(channel_multiplier=0.5), **kwargs))

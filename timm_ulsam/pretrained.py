@@ -1,0 +1,97 @@
+"""Where pretrained weights are, and whether they are the published ones.
+
+`weights/<arch>.<tag>/` is laid out as the Hub repository of that model and `weights/SHA256SUMS` records the digest of
+every weight file (the format of `sha256sum`). In a checkout or a torch.hub clone the folder stands beside the package;
+a wheel carries it inside, with the weight files of the default tags only. What is not at hand comes from the Hub.
+"""
+
+import dataclasses
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from timm.models import PretrainedCfg
+
+HUB_ORG = "timm-ulsam"
+WEIGHTS_FILE = "model.safetensors"
+_SUMS_FILE = "SHA256SUMS"
+
+
+def weights_dir() -> Path:
+    """The folder that holds `<arch>.<tag>/`: inside the installed package, else beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / "weights"
+    return inside if (inside / _SUMS_FILE).is_file() else package.parent / "weights"
+
+
+@cache
+def recorded_digests() -> dict[str, str]:
+    """SHA-256 of every weight file that belongs to the zoo, by `<arch>.<tag>`."""
+    sums = weights_dir() / _SUMS_FILE
+    if not sums.is_file():
+        return {}
+    rows = (line.split() for line in sums.read_text(encoding="utf-8").splitlines() if line.strip())
+    return {path.split("/")[0].lstrip("*"): digest for digest, path in rows}
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The Hub `config.json` of `<arch>.<tag>`."""
+    return json.loads((weights_dir() / name / "config.json").read_text(encoding="utf-8"))
+
+
+def weights_cfg(name: str) -> dict[str, Any]:
+    """timm's pretrained cfg of the weights `<arch>.<tag>`: as published, with the place to load them from."""
+    cfg = dict(read_config(name)["pretrained_cfg"])
+    for key in ("input_size", "test_input_size", "mean", "std", "pool_size", "test_pool_size", "label_names"):
+        if cfg.get(key) is not None:
+            cfg[key] = tuple(cfg[key])
+    cfg.pop("tag", None)
+    cfg["hf_hub_id"] = f"{HUB_ORG}/{name}"
+    file = weights_dir() / name / WEIGHTS_FILE
+    if file.is_file():
+        cfg["file"] = str(file)
+    return cfg
+
+
+def check_digest(file: str | Path, expected: str) -> None:
+    """Refuse a weight file that is not the one recorded.
+
+    Raises:
+        RuntimeError: If the SHA-256 of `file` is not `expected`; names file, expected and found digest.
+    """
+    found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    if found != expected:
+        raise RuntimeError(
+            f"{file} is not the published weight file (truncated or altered): "
+            f"expected SHA-256 {expected}, found {found}. Delete it and fetch it again."
+        )
+
+
+def checked_cfg(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> PretrainedCfg:
+    """A pretrained cfg whose weights are at hand and, where they are the zoo's own, have the recorded digest.
+
+    Weights that a caller names (`file`, `url` or `state_dict` in `pretrained_cfg_overlay`, another Hub repository)
+    pass unchecked: there is nothing recorded to compare them with.
+
+    Raises:
+        RuntimeError: If a file of the zoo is truncated or altered.
+    """
+    name = f"{cfg.architecture}.{cfg.tag}"
+    expected = recorded_digests().get(name)
+    if expected is None or cfg.state_dict:
+        return cfg
+    if cfg.file:
+        file = Path(cfg.file)
+        file = file / WEIGHTS_FILE if file.is_dir() else file
+        if file.resolve() == weights_dir() / name / WEIGHTS_FILE:
+            check_digest(file, expected)
+        return cfg
+    if cfg.hf_hub_id == f"{HUB_ORG}/{name}":
+        from huggingface_hub import hf_hub_download
+
+        file = hf_hub_download(cfg.hf_hub_id, WEIGHTS_FILE, cache_dir=cache_dir)
+        check_digest(file, expected)
+        return cfg if cfg.source == "hf-hub" else dataclasses.replace(cfg, file=file)
+    return cfg
