@@ -10,13 +10,21 @@ import hashlib
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from timm.models import PretrainedCfg
+from huggingface_hub import ModelCard, hf_hub_download
+
+if TYPE_CHECKING:
+    # for annotations only: importing timm from here would have its hook import this module half-made
+    from timm.models import PretrainedCfg
 
 HUB_ORG = "timm-ulsam"
 WEIGHTS_FILE = "model.safetensors"
 _SUMS_FILE = "SHA256SUMS"
+
+
+class WeightsError(RuntimeError):
+    """A weight file is not the one that was published."""
 
 
 def weights_dir() -> Path:
@@ -55,28 +63,37 @@ def weights_cfg(name: str) -> dict[str, Any]:
     return cfg
 
 
+def card_top1(name: str) -> float | None:
+    """Top-1 accuracy in percent that the model card of `<arch>.<tag>` states, None if there is no card."""
+    card = weights_dir() / name / "README.md"
+    if not card.is_file():
+        return None
+    results = ModelCard.load(card).data.eval_results or []
+    return next((r.metric_value for r in results if r.metric_name == "top-1"), None)
+
+
 def check_digest(file: str | Path, expected: str) -> None:
     """Refuse a weight file that is not the one recorded.
 
     Raises:
-        RuntimeError: If the SHA-256 of `file` is not `expected`; names file, expected and found digest.
+        WeightsError: If the SHA-256 of `file` is not `expected`; names file, expected and found digest.
     """
     found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     if found != expected:
-        raise RuntimeError(
+        raise WeightsError(
             f"{file} is not the published weight file (truncated or altered): "
             f"expected SHA-256 {expected}, found {found}. Delete it and fetch it again."
         )
 
 
-def checked_cfg(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> PretrainedCfg:
+def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "PretrainedCfg":
     """A pretrained cfg whose weights are at hand and, where they are the zoo's own, have the recorded digest.
 
     Weights that a caller names (`file`, `url` or `state_dict` in `pretrained_cfg_overlay`, another Hub repository)
     pass unchecked: there is nothing recorded to compare them with.
 
     Raises:
-        RuntimeError: If a file of the zoo is truncated or altered.
+        WeightsError: If a file of the zoo is truncated or altered.
     """
     name = f"{cfg.architecture}.{cfg.tag}"
     expected = recorded_digests().get(name)
@@ -89,8 +106,6 @@ def checked_cfg(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pret
             check_digest(file, expected)
         return cfg
     if cfg.hf_hub_id == f"{HUB_ORG}/{name}":
-        from huggingface_hub import hf_hub_download
-
         file = hf_hub_download(cfg.hf_hub_id, WEIGHTS_FILE, cache_dir=cache_dir)
         check_digest(file, expected)
         return cfg if cfg.source == "hf-hub" else dataclasses.replace(cfg, file=file)

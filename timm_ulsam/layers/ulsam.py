@@ -17,10 +17,23 @@ _PUBLISHED_MODULES = {"conv_dws": "conv_dw", "bn_dws": "bn_dw", "conv_point": "c
 
 @torch.fx.wrap
 def _check_input(x: torch.Tensor, channels: int) -> None:
+    if torch.jit.is_tracing():
+        return  # shapes are traced values there, a comparison would only warn
     if x.dim() != 4:
         raise ValueError(f"ULSAM takes an input of shape (N, {channels}, H, W), got {x.dim()} dimensions")
     if x.shape[1] != channels:
         raise ValueError(f"ULSAM was built with channels={channels}, got an input of {x.shape[1]} channels")
+
+
+def attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """`x * A + x` with one map A for each of g consecutive groups of channels.
+
+    Shape: (N, C, H, W) and (N, g, H, W) to (N, C, H, W), in the dtype and memory format of `x`.
+    """
+    splits = maps.shape[1]
+    subspaces = x.unflatten(1, (splits, x.shape[1] // splits))
+    # in one step: in half precision 1 + A, rounded by itself, would lose the attention
+    return torch.addcmul(subspaces, subspaces, maps.to(x.dtype).unsqueeze(2)).flatten(1, 2)
 
 
 class ULSAM(nn.Module):
@@ -65,11 +78,11 @@ class ULSAM(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels={channels} must be at least 1")
-        if num_splits < 1 or channels % num_splits != 0:
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels={channels!r} is not a positive integer")
+        if not isinstance(num_splits, int) or num_splits < 1 or channels % num_splits != 0:
             divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-            raise ValueError(f"num_splits={num_splits} does not divide channels={channels}; accepted: {divisors}")
+            raise ValueError(f"num_splits={num_splits!r} does not divide channels={channels}; accepted: {divisors}")
         self.channels = channels
         self.num_splits = num_splits
         self.conv_dw = nn.Conv2d(channels, channels, 1, groups=channels, **dd)
@@ -94,10 +107,7 @@ class ULSAM(nn.Module):
         return y.flatten(2).softmax(dim=-1).reshape(y.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a = self.attention(x).to(x.dtype).unsqueeze(2)
-        subspaces = x.unflatten(1, (self.num_splits, self.channels // self.num_splits))
-        # x + x * A in one step: in half precision 1 + A alone would round the attention away
-        return torch.addcmul(subspaces, subspaces, a).flatten(1, 2)
+        return attend(x, self.attention(x))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         _convert_published(state_dict, prefix, self.num_splits, errors)

@@ -22,7 +22,7 @@ from timm.models._features import FeatureHooks
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 from torch import nn
 
-from ..layers import ULSAM
+from ..layers.ulsam import ULSAM, attend
 from ..pretrained import checked_cfg
 
 __all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
@@ -57,21 +57,17 @@ class ULSAMBlock(ULSAM):
     def __init__(self, channels: int, num_splits: int = 4, drop_path_rate: float = 0.0, **kwargs: Any) -> None:
         super().__init__(channels, num_splits, **kwargs)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-        self.has_drop_path = drop_path_rate > 0
 
     def feature_info(self, location: str) -> dict[str, Any]:
         # nothing is expanded inside, so every location is the output
         return dict(module="", hook_type="forward", num_chs=self.channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
-        if self.has_drop_path:
-            y = x + self.drop_path(y - x)
-        return y
+        return attend(x, self.drop_path(self.attention(x)))
 
 
 def _block_numbers(name: str, value: Blocks, accepted: list[int], why: str) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)
+    numbers = list(value) if isinstance(value, Sequence) else [value]
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool) or number not in accepted:
             raise ValueError(f"{name}={value!r}: {number!r} is not a block that {why}; accepted: {accepted}")

@@ -1,0 +1,111 @@
+"""The command `timm-ulsam`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from . import __version__
+
+_DEFAULT_MODEL = "mobilenetv2_ulsam"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="timm-ulsam", description="Compact CNNs with subspace attention, for timm.")
+    parser.add_argument("--version", action="version", version=f"timm-ulsam {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    zoo = verbs.add_parser(
+        "list",
+        help="list the models, their cost and their weights",
+        description="List the models: parameters and multiply-adds at 224x224 with 1000 classes, weights and accuracy.",
+        epilog="example: timm-ulsam list --json",
+    )
+    form = zoo.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print the table of the README")
+    zoo.set_defaults(run=_list)
+
+    predict = verbs.add_parser(
+        "predict",
+        help="say what is in photographs, and draw where the model looked",
+        description="Print the five most probable classes of every photograph.",
+        epilog="example: timm-ulsam predict --demo --attention attention.png",
+    )
+    predict.add_argument("images", nargs="*", metavar="IMAGE", help="photographs to classify")
+    predict.add_argument("--demo", action="store_true", help="classify three photographs that scikit-image carries")
+    predict.add_argument("--model", default=_DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
+    predict.add_argument("--attention", metavar="OUT.png", help="draw every attention map over the photographs")
+    predict.add_argument("--json", action="store_true", help="print JSON")
+    predict.set_defaults(run=_predict)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> None:
+    from .zoo import entries, markdown_table, table_rows
+
+    zoo = entries()
+    if args.json:
+        print(json.dumps([asdict(entry) for entry in zoo], indent=2))
+    elif args.markdown:
+        print(markdown_table(zoo))
+    else:
+        rows = table_rows(zoo)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for name, parameters, macs, weights, top1 in rows:
+            cells = (
+                name.ljust(widths[0]),
+                parameters.rjust(widths[1]),
+                macs.rjust(widths[2]),
+                weights.ljust(widths[3]),
+                top1.rjust(widths[4]),
+            )
+            print("  ".join(cells).rstrip())
+
+
+def _predict(args: argparse.Namespace) -> None:
+    if bool(args.images) == args.demo:
+        raise ValueError("give photographs to classify, or --demo; not both")
+
+    from .predict import demo_images, draw_attention, load_model, predict, read_image
+
+    photographs = demo_images() if args.demo else [(path, read_image(path)) for path in args.images]
+    names, images = zip(*photographs, strict=True)
+    model = load_model(args.model)
+    predictions, maps = predict(model, images)
+    if args.attention:
+        draw_attention(model, images, predictions, maps, args.attention)
+    if args.json:
+        seen = [
+            {"image": name, "predictions": [asdict(p) for p in best]}
+            for name, best in zip(names, predictions, strict=True)
+        ]
+        result = {"model": args.model, "images": seen, "attention": args.attention}
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    for name, best in zip(names, predictions, strict=True):
+        print(name)
+        for p in best:
+            print(f"  {p.probability:6.1%}  {p.description}")
+    if args.attention:
+        print(f"attention maps drawn in {args.attention}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 after one line on what was wrong with the input."""
+    args = _parser().parse_args(argv)
+    from .pretrained import WeightsError
+
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, WeightsError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"timm-ulsam: error: {message}", file=sys.stderr)
+        return 2
+    return 0
