@@ -7,7 +7,6 @@ a wheel carries it inside, with the weight files of the default tags only. What 
 
 import dataclasses
 import hashlib
-import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,18 +43,14 @@ def recorded_digests() -> dict[str, str]:
     return {path.split("/")[0].lstrip("*"): digest for digest, path in rows}
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """The Hub `config.json` of `<arch>.<tag>`."""
-    return json.loads((weights_dir() / name / "config.json").read_text(encoding="utf-8"))
-
-
 def weights_cfg(name: str) -> dict[str, Any]:
     """timm's pretrained cfg of the weights `<arch>.<tag>`: as published, with the place to load them from."""
-    cfg = dict(read_config(name)["pretrained_cfg"])
-    for key in ("input_size", "test_input_size", "mean", "std", "pool_size", "test_pool_size", "label_names"):
-        if cfg.get(key) is not None:
-            cfg[key] = tuple(cfg[key])
-    cfg.pop("tag", None)
+    from timm.models._hub import load_model_config_from_path
+
+    cfg, _, _ = load_model_config_from_path(weights_dir() / name)
+    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+    for key in ("tag", "source", "file"):
+        cfg.pop(key, None)
     cfg["hf_hub_id"] = f"{HUB_ORG}/{name}"
     file = weights_dir() / name / WEIGHTS_FILE
     if file.is_file():

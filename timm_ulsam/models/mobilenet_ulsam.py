@@ -23,7 +23,7 @@ from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 from torch import nn
 
 from ..layers.ulsam import ULSAM, attend
-from ..pretrained import checked_cfg
+from ..pretrained import checked_cfg, weights_cfg
 
 __all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
 
@@ -202,7 +202,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "mobilenetv2_ulsam.untrained": _cfg(),
+        "mobilenetv2_ulsam.tin200": _cfg(**weights_cfg("mobilenetv2_ulsam.tin200")),
         "mobilenetv2_ulsam_s.untrained": _cfg(),
         "mobilenetv2_ulsam_l.untrained": _cfg(),
         "mobilenetv2_ulsam_050.untrained": _cfg(),

@@ -1,0 +1,26 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run code in a fresh interpreter, away from the checkout: what is imported is the installed package."""
+
+    def run(
+        code: str, *, warnings: str = "error::RuntimeWarning", cwd: Path = tmp_path, check: bool = True, **env: str
+    ):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": warnings, **env}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run

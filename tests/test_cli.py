@@ -1,0 +1,122 @@
+import json
+
+import pytest
+from PIL import Image
+
+from timm_ulsam.cli import main
+from timm_ulsam.zoo import model_names
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    file = tmp_path / "photograph.png"
+    Image.linear_gradient("L").convert("RGB").save(file)
+    return file
+
+
+def test_list_names_every_model_its_cost_and_weights(capsys):
+    code, out, _ = run(capsys, "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == model_names()
+    assert "3,067,904" in out
+    assert "tin200" in out
+
+
+def test_list_json(capsys):
+    code, out, _ = run(capsys, "list", "--json")
+    zoo = {entry["name"]: entry for entry in json.loads(out)}
+    assert code == 0
+    assert sorted(zoo) == sorted(model_names())
+    assert zoo["mobilenetv2_ulsam"]["macs"] == 262_659_328
+    assert zoo["mobilenetv2_ulsam"]["weights"]["tin200"] > 25
+
+
+def test_demo_names_what_is_in_the_photographs_and_draws_where_it_looked(capsys, tmp_path):
+    pytest.importorskip("skimage")
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "attention.png"
+    code, text, _ = run(capsys, "predict", "--demo", "--attention", str(out))
+    assert code == 0
+    lines = text.splitlines()
+    assert [lines[0], lines[6], lines[12]] == ["chelsea.png", "coffee.png", "rocket.jpg"]
+    assert all("%" in line for line in lines[1:6])
+    with Image.open(out) as picture:
+        assert picture.width > picture.height  # nine panels wide, three photographs high
+    assert [p.name for p in tmp_path.iterdir()] == ["attention.png"]
+
+
+def test_predict_json(capsys, photograph):
+    code, out, _ = run(capsys, "predict", str(photograph), str(photograph), "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["model"] == "mobilenetv2_ulsam"
+    assert [i["image"] for i in result["images"]] == [str(photograph)] * 2
+    best = result["images"][0]["predictions"]
+    assert len(best) == 5
+    assert best == sorted(best, key=lambda p: -p["probability"])
+    assert best[0]["label"].startswith("n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/missing.png"], "cannot read {tmp}/missing.png: No such file"),
+        (["{tmp}"], "cannot read {tmp}: Is a directory"),
+        (["{tmp}/text.png"], "text.png is not an image"),
+        (
+            ["{photo}", "--model", "mobilenetv2_ulsm"],
+            "unknown model 'mobilenetv2_ulsm'; did you mean mobilenetv2_ulsam",
+        ),
+        (["{photo}", "--model", "mobilenetv2_ulsam_s"], "has no pretrained weights; models of this zoo that have: mob"),
+        (["{photo}", "--model", "mobilenetv2_ulsam.in99"], "no weights 'in99'; it has: mobilenetv2_ulsam.tin200"),
+        (["{photo}", "--model", "local-dir:{tmp}/nowhere"], "nowhere"),
+        (["{photo}", "--attention", "{tmp}/nowhere/out.png"], "cannot write {tmp}/nowhere/out.png: No such file"),
+        (["{photo}", "--attention", "{tmp}/out.xyz"], "accepted suffixes are"),
+        ([], "or --demo"),
+        (["{photo}", "--demo"], "or --demo"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, photograph):
+    (tmp_path / "text.png").write_text("no image")
+    places = dict(tmp=tmp_path, photo=photograph)
+    code, out, err = run(capsys, "predict", *(a.format(**places) for a in arguments))
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("timm-ulsam: error: ")
+    assert message.format(**places) in err
+
+
+def test_attention_without_a_ulsam_block_is_refused(photograph, tmp_path):
+    import timm
+
+    from timm_ulsam.predict import draw_attention, predict, read_image
+
+    model = timm.create_model("mobilenetv2_050", num_classes=1000).eval()
+    image = read_image(photograph)
+    predictions, maps = predict(model, [image])
+    assert maps == {}
+    with pytest.raises(ValueError, match="no ULSAM block"):
+        draw_attention(model, [image], predictions, maps, tmp_path / "out.png")
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-verb"], ["predict", "--no-such-option"]])
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+
+
+def test_is_quiet_when_its_reader_is_gone(python):
+    done = python(
+        "import subprocess, sys\n"
+        "pipe = subprocess.PIPE\n"
+        "p = subprocess.Popen([sys.executable, '-m', 'timm_ulsam', 'list'], stdout=pipe, stderr=pipe)\n"
+        "p.stdout.close(); sys.stderr.buffer.write(p.stderr.read()); sys.exit(p.wait())"
+    )
+    assert done.stderr == ""

@@ -1,0 +1,76 @@
+"""torch.hub from a clone in which nothing is installed: our package comes from the clone, not from site-packages."""
+
+import sys
+
+import pytest
+import torch
+from conftest import REPO
+
+from timm_ulsam.zoo import model_names
+
+REFERENCE = "timm-ulsam/timm-ulsam:main"
+
+
+@pytest.fixture
+def hub(python, tmp_path):
+    """Run code with a clone at DIR, which is in torch.hub's cache too, as if torch.hub had fetched REFERENCE."""
+    cache = tmp_path / "home" / "hub"
+    cache.mkdir(parents=True)
+    (cache / "timm-ulsam_timm-ulsam_main").symlink_to(REPO)
+    head = f"import sys, torch; DIR = {str(REPO)!r}; REPO = {REFERENCE!r}\n"
+    head += "cached = dict(skip_validation=True, trust_repo=True, verbose=False)\n"
+
+    def run(code: str, **kwargs):
+        # without autoload the installed package stays out, as if it were not there
+        return python(head + code, TORCH_DEVICE_BACKEND_AUTOLOAD="0", TORCH_HOME=str(tmp_path / "home"), **kwargs)
+
+    return run
+
+
+def test_lists_every_model_of_the_zoo(hub):
+    listed = hub("print(*torch.hub.list(REPO, **cached))").stdout.split()
+    assert sorted(listed) == sorted(model_names())
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_help_and_load(name, hub):
+    code = f"""
+assert 'ULSAM' in torch.hub.help(REPO, {name!r}, skip_validation=True, trust_repo=True)
+torch.hub.load(REPO, {name!r}, num_classes=10, **cached)
+model = torch.hub.load(DIR, {name!r}, source='local', num_classes=10, in_chans=1).eval()
+assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+"""
+    hub(code)
+
+
+def test_pretrained_weights_come_from_the_clone(hub):
+    code = """
+model = torch.hub.load(DIR, 'mobilenetv2_ulsam', source='local', pretrained=True)
+assert model.pretrained_cfg['file'].startswith(DIR), model.pretrained_cfg['file']
+assert sys.modules['timm_ulsam'].__file__.startswith(DIR), sys.modules['timm_ulsam'].__file__
+assert model.num_classes == 200
+"""
+    hub(code)
+
+
+def test_names_a_missing_dependency(hub):
+    # None in sys.modules makes a module look as if it were not installed
+    code = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == 'timm' else find(name, *rest)
+torch.hub.load(DIR, 'mobilenetv2_ulsam', source='local')
+"""
+    done = hub(code, check=False)
+    assert "Missing dependencies: timm" in done.stderr
+
+
+def test_every_dependency_is_one_of_the_packages():
+    sys.path.insert(0, str(REPO))
+    try:
+        import hubconf
+    finally:
+        sys.path.pop(0)
+    declared = {"torch", "timm", "huggingface_hub", "safetensors", "wrapt"}
+    assert set(hubconf.dependencies) == declared
+    assert all(torch.hub._check_module_exists(name) for name in declared)

@@ -1,0 +1,110 @@
+"""timm's own scripts, unchanged, take our names. Set TIMM_SCRIPTS to a checkout of pytorch-image-models to run."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SCRIPTS = os.environ.get("TIMM_SCRIPTS")
+pytestmark = pytest.mark.skipif(not SCRIPTS, reason="TIMM_SCRIPTS does not name a checkout of pytorch-image-models")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of plain colours that anything can tell apart."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 16), ("validation", 8)):
+        for name, hue in (("blue", 160), ("red", 0)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("HSV", (64, 64), (hue, 200, 100 + 8 * i)).convert("RGB").save(folder / f"{name}{i}.png")
+    return root
+
+
+# train.py names a device to DistributedDataParallel, which refuses one on the CPU, for timm's own models just the same.
+# So that the script itself can stay as it is, the argument is dropped before it runs.
+ON_CPU = """
+import runpy, sys
+from torch.nn.parallel import DistributedDataParallel as DDP
+init = DDP.__init__
+DDP.__init__ = lambda self, module, device_ids=None, **kwargs: init(self, module, **kwargs)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(script: str, *arguments: object, cwd: Path, launcher: Sequence[str] = ()) -> str:
+    command = [sys.executable, *launcher, str(Path(SCRIPTS) / script), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_resume_and_validate(processes, images, tmp_path):
+    launcher = []
+    if processes > 1:
+        (tmp_path / "on_cpu.py").write_text(ON_CPU)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "on_cpu.py"]
+    options = ["--data-dir", images, "--model", "mobilenetv2_ulsam", "--num-classes", 2, "--device", "cpu"]
+    options += [
+        "--img-size",
+        64,
+        "-b",
+        4,
+        "--workers",
+        1,
+        "--output",
+        tmp_path,
+        "--experiment",
+        "run",
+        "--opt",
+        "adamw",
+    ]
+    options += ["--lr", 1e-3, "--warmup-epochs", 0]
+    run("train.py", *options, "--pretrained", "--epochs", 2, cwd=tmp_path, launcher=launcher)
+    checkpoint = tmp_path / "run" / "last.pth.tar"
+    run("train.py", *options, "--epochs", 3, "--resume", checkpoint, cwd=tmp_path, launcher=launcher)
+    rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
+    rows = [row for row in rows if row["epoch"] != "epoch"]  # a resumed run writes its own head
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    # fmt: off
+    out = run(
+        "validate.py", "--data-dir", images, "--split", "validation", "--model", "mobilenetv2_ulsam",
+        "--num-classes", 2, "--checkpoint", checkpoint, "--img-size", 64, "-b", 4, "--device", "cpu", cwd=tmp_path,
+    )
+    # fmt: on
+    assert '"top1"' in out
+
+
+def test_model_kwargs_reach_the_constructor(images, tmp_path):
+    # fmt: off
+    run(
+        "train.py", "--data-dir", images, "--model", "mobilenetv2_ulsam", "--num-classes", 2, "--device", "cpu",
+        "--img-size", 32, "-b", 4, "--workers", 1, "--epochs", 1, "--warmup-epochs", 0, "--output", tmp_path,
+        "--experiment", "run", "--model-kwargs", "num_splits=8", "replace_blocks=12,13", "insert_after=16",
+        cwd=tmp_path,
+    )
+    # fmt: on
+    assert (tmp_path / "run" / "last.pth.tar").exists()
+
+
+def test_validate_benchmark_inference_and_export_the_pretrained_model(images, tmp_path):
+    pytest.importorskip("onnx")
+    name = "mobilenetv2_ulsam"
+    shared = ["--model", name, "--pretrained", "--device", "cpu"]
+    run("validate.py", "--data-dir", images, "--split", "validation", *shared, "-b", 8, cwd=tmp_path)
+    bench = ["--bench", "inference", "--num-bench-iter", 10, "--num-warm-iter", 1, "-b", 2]
+    assert '"param_count"' in run("benchmark.py", "--model", name, "--device", "cpu", *bench, cwd=tmp_path)
+    run("inference.py", "--data-dir", images / "validation", *shared, "--results-dir", tmp_path, cwd=tmp_path)
+    assert list(tmp_path.glob("*.csv"))
+    run("onnx_export.py", tmp_path / "model.onnx", "--model", name, cwd=tmp_path)
+    assert (tmp_path / "model.onnx").stat().st_size > 0

@@ -1,0 +1,164 @@
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from conftest import REPO
+from safetensors.torch import load_file
+
+from timm_ulsam import pretrained
+from timm_ulsam.pretrained import WeightsError, checked_cfg, recorded_digests, weights_dir
+
+NAMES = sorted(recorded_digests())
+DEFAULT = "mobilenetv2_ulsam.tin200"
+
+
+@pytest.fixture
+def zoo_copy(tmp_path, monkeypatch):
+    """A copy of the weights that a test may damage, in the place of the real ones."""
+    folder = tmp_path / "weights"
+    shutil.copytree(weights_dir(), folder, ignore=shutil.ignore_patterns("logs", "recipes", "*.py"))
+    monkeypatch.setattr(pretrained, "weights_dir", lambda: folder)
+    return folder
+
+
+def overlay(folder):
+    return dict(file=str(folder / DEFAULT / "model.safetensors"))
+
+
+def test_the_first_weights_are_recorded():
+    assert DEFAULT in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_load_and_tell_what_they_are(name):
+    model = timm.create_model(name, pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    assert f"{cfg['architecture']}.{cfg['tag']}" == name
+    assert cfg["hf_hub_id"] == f"timm-ulsam/{name}"
+    assert model.num_classes == cfg["num_classes"] == len(cfg["label_names"]) == len(cfg["label_descriptions"])
+    assert set(cfg["label_names"]) == set(cfg["label_descriptions"])
+    state = load_file(weights_dir() / name / "model.safetensors")
+    assert torch.equal(model.conv_stem.weight, state["conv_stem.weight"])
+    assert model(torch.randn(1, *cfg["input_size"])).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_folder_is_the_hub_repository_and_nothing_else(name):
+    folder = REPO / "weights" / name
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    local = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    by_name = timm.create_model(name, pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(local(x), by_name(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_states_what_was_measured_and_how(name):
+    card = (REPO / "weights" / name / "README.md").read_text(encoding="utf-8")
+    assert isinstance(pretrained.card_top1(name), float)
+    assert "validate.py" in card
+    assert "train.py" in card
+    assert "library_name: timm" in card
+
+
+def test_the_default_tag_is_the_one_with_weights():
+    model = timm.create_model("mobilenetv2_ulsam", pretrained=True)
+    assert model.pretrained_cfg["tag"] == "tin200"
+    assert timm.list_pretrained("*ulsam*") == NAMES
+
+
+def test_fine_tuning_starts_from_everything_but_the_head():
+    trained = timm.create_model("mobilenetv2_ulsam", pretrained=True).state_dict()
+    model = timm.create_model("mobilenetv2_ulsam", pretrained=True, num_classes=81, in_chans=1, drop_path_rate=0.1)
+    state = model.state_dict()
+    assert state["classifier.weight"].shape == (81, 1280)
+    assert state["conv_stem.weight"].shape[1] == 1
+    for key, value in trained.items():
+        if not key.startswith(("classifier", "conv_stem")):
+            assert torch.equal(state[key], value), key
+
+
+def test_pretrained_features_are_those_of_the_model():
+    model = timm.create_model("mobilenetv2_ulsam", pretrained=True).eval()
+    features = timm.create_model("mobilenetv2_ulsam", pretrained=True, features_only=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    for ours, theirs in zip(features(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+@pytest.mark.parametrize("name", [DEFAULT, "mobilenetv2_ulsam"])
+def test_a_damaged_file_is_refused_by_name_and_digests(damage, name, zoo_copy):
+    file = zoo_copy / DEFAULT / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        del content[len(content) // 2 :]
+    else:
+        content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(WeightsError) as refused:
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay(zoo_copy))
+    message = str(refused.value)
+    found = pretrained.hashlib.sha256(content).hexdigest()
+    assert str(file) in message
+    assert recorded_digests()[DEFAULT] in message
+    assert found in message
+    with pytest.raises(WeightsError, match=found):
+        timm.create_model(f"local-dir:{file.parent}", pretrained=True)
+
+
+def test_weights_that_a_user_names_are_not_compared(tmp_path):
+    model = timm.create_model("mobilenetv2_ulsam", pretrained=True)
+    torch.nn.init.zeros_(model.classifier.bias)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert again.classifier.bias.abs().sum() == 0
+    other = timm.create_model(
+        "mobilenetv2_ulsam", pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "model.safetensors"))
+    )
+    assert other.classifier.bias.abs().sum() == 0
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_not_at_hand_comes_checked_from_the_hub(damaged, zoo_copy, tmp_path, monkeypatch):
+    cached = tmp_path / "cache" / "model.safetensors"
+    cached.parent.mkdir()
+    content = (zoo_copy / DEFAULT / "model.safetensors").read_bytes()
+    cached.write_bytes(content[:-1] if damaged else content)
+    asked = []
+
+    def download(repo_id, filename, **kwargs):
+        asked.append((repo_id, filename))
+        return str(cached)
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", download)
+    if damaged:
+        with pytest.raises(WeightsError, match=str(cached)):
+            timm.create_model(DEFAULT, pretrained=True, pretrained_cfg_overlay=dict(file=None))
+    else:
+        timm.create_model(DEFAULT, pretrained=True, pretrained_cfg_overlay=dict(file=None))
+    assert asked == [(f"timm-ulsam/{DEFAULT}", "model.safetensors")]
+
+
+def test_offline_and_from_any_directory(python):
+    done = python(
+        "import timm, json; m = timm.create_model('mobilenetv2_ulsam', pretrained=True)\n"
+        "print(json.dumps([m.num_classes, m.pretrained_cfg['file']]))",
+        HF_HUB_OFFLINE="1",
+    )
+    classes, file = json.loads(done.stdout)
+    assert classes == 200
+    assert file.endswith(f"{DEFAULT}/model.safetensors")
+
+
+def test_a_model_without_weights_says_so():
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for mobilenetv2_ulsam_s"):
+        timm.create_model("mobilenetv2_ulsam_s", pretrained=True)
+
+
+def test_a_cfg_that_is_not_the_zoos_passes_unchanged():
+    cfg = timm.get_pretrained_cfg("mobilenetv2_100")
+    assert checked_cfg(cfg) is cfg
