@@ -49,7 +49,7 @@ def load_model(name: str) -> nn.Module:
                 f"unknown model {name!r}"
                 + (f"; did you mean {', '.join(close)}?" if close else "; see timm-ulsam list")
             )
-        with_weights = timm.list_models(f"{arch}.*", pretrained=True)
+        with_weights = timm.list_pretrained(arch)
         if tag and name not in with_weights:
             raise ValueError(f"{arch} has no weights {tag!r}; it has: {', '.join(with_weights) or 'none'}")
         if not with_weights:

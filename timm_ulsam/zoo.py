@@ -43,7 +43,7 @@ def _measure(name: str) -> Entry:
     model = timm.create_model(name, num_classes=1000, device="meta").eval()
     with FlopCounterMode(display=False) as flops:
         model(torch.empty(1, 3, 224, 224, device="meta"))
-    tagged = timm.list_models(f"{name}.*", pretrained=True)
+    tagged = timm.list_pretrained(name)
     default = timm.get_pretrained_cfg(name).tag
     tags = sorted((n.partition(".")[2] for n in tagged), key=lambda tag: (tag != default, tag))
     return Entry(
