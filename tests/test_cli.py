@@ -75,8 +75,10 @@ def test_predict_json(capsys, photograph):
         (["{photo}", "--model", "mobilenetv2_ulsam_s"], "has no pretrained weights; models of this zoo that have: mob"),
         (["{photo}", "--model", "mobilenetv2_ulsam.in99"], "no weights 'in99'; it has: mobilenetv2_ulsam.tin200"),
         (["{photo}", "--model", "local-dir:{tmp}/nowhere"], "nowhere"),
-        (["{photo}", "--attention", "{tmp}/nowhere/out.png"], "cannot write {tmp}/nowhere/out.png: No such file"),
-        (["{photo}", "--attention", "{tmp}/out.xyz"], "accepted suffixes are"),
+        (["{photo}", "--attention", "{tmp}/nowhere/out.png"], "cannot write {tmp}/nowhere/out.png: there is no"),
+        (["{photo}", "--attention", "{tmp}/out.xyz"], "accepted suffixes are .jpg, .pdf, .png"),
+        (["{photo}", "--attention", "{tmp}/out"], "accepted suffixes are .jpg, .pdf, .png"),
+        (["{photo}", "--model", "local-dir:{tmp}"], "cannot load local-dir:{tmp}: Config file not found"),
         ([], "or --demo"),
         (["{photo}", "--demo"], "or --demo"),
     ],
@@ -95,14 +97,42 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 def test_attention_without_a_ulsam_block_is_refused(photograph, tmp_path):
     import timm
 
-    from timm_ulsam.predict import draw_attention, predict, read_image
+    from timm_ulsam.predict import InputError, attention_maps, draw_attention, predict, read_image
 
     model = timm.create_model("mobilenetv2_050", num_classes=1000).eval()
     image = read_image(photograph)
-    predictions, maps = predict(model, [image])
-    assert maps == {}
-    with pytest.raises(ValueError, match="no ULSAM block"):
-        draw_attention(model, [image], predictions, maps, tmp_path / "out.png")
+    assert attention_maps(model, [image]) == {}
+    with pytest.raises(InputError, match="no ULSAM block"):
+        draw_attention(model, [image], predict(model, [image]), tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path, photograph):
+    from timm_ulsam.predict import read_image
+
+    upright = read_image(photograph)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png").tobytes() == upright.tobytes()
+
+
+def test_more_photographs_than_one_batch(capsys, photograph):
+    code, out, _ = run(capsys, "predict", *[str(photograph)] * 40, "--json")
+    images = json.loads(out)["images"]
+    assert code == 0
+    assert len(images) == 40
+    first, last = ([p["probability"] for p in image["predictions"]] for image in (images[0], images[39]))
+    assert last == pytest.approx(first, rel=1e-3)
+
+
+def test_class_names_are_not_those_of_other_weights():
+    import timm
+
+    from timm_ulsam.predict import class_names
+
+    assert class_names(timm.create_model("mobilenetv2_ulsam", num_classes=3))[2] == ("2", "class 2")
+    assert class_names(timm.create_model("mobilenetv2_100", num_classes=1000))[281] == ("n02123045", "tabby, tabby cat")
 
 
 @pytest.mark.parametrize("argv", [[], ["no-such-verb"], ["predict", "--no-such-option"]])

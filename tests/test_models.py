@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from timm.models import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,7 +92,7 @@ def test_without_ulsam_it_is_timms_mobilenet():
         (dict(replace_blocks=(13, 11)), r"11 is not a block that keeps the shape"),
         (dict(replace_blocks=[0]), r"0 is not a block"),
         (dict(replace_blocks=[13, 13]), r"more than once"),
-        (dict(replace_blocks="13"), r"'1' is not a block"),
+        (dict(replace_blocks="13"), r"'13' is not a block"),
         (dict(replace_blocks=[True]), r"True is not a block"),
         (dict(insert_after=18), r"insert_after=18: .*accepted: \[1, 2, .*17\]"),
         (dict(num_splits=7), r"num_splits=7 does not divide channels=96; accepted: \[1, 2, 3, 4"),
@@ -134,6 +136,22 @@ def test_a_ulsam_is_in_the_layer_group_of_its_place():
     model = timm.create_model("mobilenetv2_ulsam_l")
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     assert groups["blocks.5.2_ulsam.conv_dw.weight"] == groups["blocks.5.2.conv_pw.weight"]
+
+
+def test_an_unknown_feature_location_is_refused():
+    with pytest.raises(ValueError, match="feature_location='depthwise'; accepted: 'bottleneck', 'expansion'"):
+        timm.create_model("mobilenetv2_ulsam", features_only=True, feature_location="depthwise")
+
+
+def test_blocks_may_be_any_collection_of_integers():
+    for blocks in ({13, 16}, np.array([13, 16]), range(12, 14)):
+        timm.create_model("mobilenetv2_ulsam", replace_blocks=blocks, device="meta")
+
+
+def test_the_normalization_may_be_named_as_for_timms_models():
+    model = timm.create_model("mobilenetv2_ulsam", norm_layer="layernorm2d", num_classes=3).eval()
+    assert isinstance(model.blocks[4][2].bn_dw, LayerNorm2d)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])

@@ -191,7 +191,7 @@ def test_is_scripted_traced_compiled_exported_and_pickled():
         torch.testing.assert_close(made(x), y)
 
 
-@pytest.mark.parametrize("num_splits", [0, -4, 3, 16, 2.0])
+@pytest.mark.parametrize("num_splits", [0, -4, 3, 16, 2.0, True])
 def test_num_splits_that_do_not_divide_are_refused(num_splits):
     with pytest.raises(ValueError, match=rf"num_splits={num_splits!r} .*channels=8; accepted: \[1, 2, 4, 8\]"):
         ULSAM(8, num_splits)
@@ -204,7 +204,8 @@ def test_channels_below_one_are_refused():
 
 @pytest.mark.parametrize("scripted", [False, True])
 @pytest.mark.parametrize(
-    ("shape", "message"), [((8, 4, 4), "got 3 dimensions"), ((2, 6, 4, 4), "channels=8, got an input of 6 channels")]
+    ("shape", "message"),
+    [((8, 4, 4), r"input x of shape \[8, 4, 4\]: accepted is \(N, 8, H, W\)"), ((2, 6, 4, 4), r"shape \[2, 6, 4, 4\]")],
 )
 def test_inputs_of_wrong_rank_or_width_are_refused(shape, message, scripted):
     layer = torch.jit.script(ULSAM(8, 4)) if scripted else ULSAM(8, 4)

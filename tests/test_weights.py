@@ -1,6 +1,10 @@
+import csv
 import json
+import os
+import re
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -55,12 +59,36 @@ def test_the_folder_is_the_hub_repository_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_states_what_was_measured_and_how(name):
+def test_the_published_config_is_what_timm_knows(name):
+    published = json.loads((REPO / "weights" / name / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
+    known = timm.get_pretrained_cfg(name).to_dict()
+    for key in ("num_classes", "input_size", "pool_size", "crop_pct", "interpolation", "mean", "std", "first_conv"):
+        assert tuple(np.atleast_1d(published[key])) == tuple(np.atleast_1d(known[key])), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_states_what_was_measured_and_the_commands(name):
     card = (REPO / "weights" / name / "README.md").read_text(encoding="utf-8")
-    assert isinstance(pretrained.card_top1(name), float)
-    assert "validate.py" in card
-    assert "train.py" in card
-    assert "library_name: timm" in card
+    top1 = pretrained.card_top1(name)
+    assert f"**{top1:.2f} %" in card
+    assert f"\npython train.py --config weights/recipes/{name}.yaml --data-dir " in card
+    assert re.search(rf"\npython validate\.py --data-dir .* --model {name} --pretrained\n", card)
+    assert (REPO / "weights/recipes" / f"{name}.yaml").is_file()
+    log = list(csv.DictReader((REPO / "weights/logs" / f"{name}.csv").open()))
+    assert abs(max(float(row["eval_top1"]) for row in log) - top1) <= 0.3
+
+
+@pytest.mark.skipif("TINY_IMAGENET" not in os.environ, reason="TINY_IMAGENET does not name the unpacked Tiny ImageNet")
+def test_the_first_weights_reach_the_cards_accuracy():
+    model = timm.create_model(DEFAULT, pretrained=True).eval()
+    data = timm.data.resolve_model_data_config(model)
+    dataset = timm.data.create_dataset("", root=os.environ["TINY_IMAGENET"], split="validation")
+    loader = timm.data.create_loader(
+        dataset, batch_size=250, is_training=False, use_prefetcher=False, num_workers=1, **data
+    )
+    with torch.inference_mode():
+        right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
+    assert abs(100 * right / len(dataset) - pretrained.card_top1(DEFAULT)) <= 0.3
 
 
 def test_the_default_tag_is_the_one_with_weights():
@@ -108,6 +136,58 @@ def test_a_damaged_file_is_refused_by_name_and_digests(damage, name, zoo_copy):
     assert found in message
     with pytest.raises(WeightsError, match=found):
         timm.create_model(f"local-dir:{file.parent}", pretrained=True)
+
+
+def test_a_damaged_file_is_refused_through_a_link(zoo_copy, tmp_path):
+    file = zoo_copy / DEFAULT / "model.safetensors"
+    (tmp_path / "elsewhere").write_bytes(file.read_bytes()[:-1])
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WeightsError, match="truncated or altered"):
+        timm.create_model(DEFAULT, pretrained=True, pretrained_cfg_overlay=overlay(zoo_copy))
+
+
+@pytest.mark.parametrize("record", [None, "", "no record\nat all\n"])
+def test_weights_of_the_zoo_without_a_readable_record_are_refused(record, zoo_copy):
+    (zoo_copy / "SHA256SUMS").unlink()
+    if record is not None:
+        (zoo_copy / "SHA256SUMS").write_text(record)
+    recorded_digests.cache_clear()
+    try:
+        with pytest.raises(WeightsError, match="SHA256SUMS"):
+            timm.create_model(DEFAULT, pretrained=True, pretrained_cfg_overlay=overlay(zoo_copy))
+    finally:
+        recorded_digests.cache_clear()
+
+
+def test_a_truncated_file_that_a_user_names_is_refused_by_name(tmp_path):
+    shutil.copytree(weights_dir() / DEFAULT, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=f"{file} is not a whole safetensors file"):
+        timm.create_model(f"local-dir:{file.parent}", pretrained=True)
+
+
+@pytest.mark.parametrize("source", [dict(hf_hub_id="someone/else"), dict(url="file:///nowhere/else.safetensors")])
+def test_another_source_that_a_user_names_is_the_one_taken(source, monkeypatch):
+    taken = {}
+
+    def load(model, pretrained_cfg, **kwargs):
+        taken.update(pretrained_cfg)
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", load)
+    timm.create_model("mobilenetv2_ulsam", pretrained=True, pretrained_cfg_overlay=source)
+    assert {k: taken[k] for k in ("file", "hf_hub_id", "url") if k in taken} == source
+
+
+def test_a_zoo_without_its_weights_folder_still_knows_the_models(tmp_path, python):
+    shutil.copytree(REPO / "timm_ulsam", tmp_path / "timm_ulsam")
+    done = python(
+        "import timm_ulsam, timm; m = timm.create_model('mobilenetv2_ulsam')\n"
+        "print(m.num_classes, m.pretrained_cfg['hf_hub_id'])",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert done.stdout.split() == ["200", f"timm-ulsam/{DEFAULT}"]
 
 
 def test_weights_that_a_user_names_are_not_compared(tmp_path):

@@ -4,23 +4,28 @@ Importing this package imports neither torch nor timm; its models register thems
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from ._plugin import autoload
 
-__version__ = "0.1.0"
-__all__ = ["ULSAM", "autoload"]
+if TYPE_CHECKING:
+    from . import layers, models
+    from .layers import ULSAM
 
-_LAZY = {"ULSAM": "timm_ulsam.layers"}
+__version__ = "0.1.0"
+__all__ = ["ULSAM", "autoload", "layers", "models"]
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in ("layers", "models"):
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "ULSAM":
+        return importlib.import_module(f"{__name__}.layers").ULSAM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *__all__})
 
 
 autoload()

@@ -6,6 +6,7 @@ waits until `timm.models` is complete.
 """
 
 import importlib
+import sys
 import warnings
 
 _registered = False
@@ -33,8 +34,9 @@ def _register_models(_timm_models: object) -> None:
 
 
 def _warn(cause: Exception) -> None:
-    warnings.warn(
-        f"timm-ulsam could not register its models with timm: {type(cause).__name__}: {cause}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    message = f"timm-ulsam could not register its models with timm: {type(cause).__name__}: {cause}"
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        # warnings are errors here (python -W error), and an error would break the import of torch or timm
+        print(message, file=sys.stderr)

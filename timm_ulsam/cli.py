@@ -66,17 +66,22 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    from .predict import InputError, check_picture, demo_images, draw_attention, load_model, predict, read_image
+
     if bool(args.images) == args.demo:
-        raise ValueError("give photographs to classify, or --demo; not both")
-
-    from .predict import demo_images, draw_attention, load_model, predict, read_image
-
-    photographs = demo_images() if args.demo else [(path, read_image(path)) for path in args.images]
-    names, images = zip(*photographs, strict=True)
-    model = load_model(args.model)
-    predictions, maps = predict(model, images)
+        raise InputError("give photographs to classify, or --demo; not both")
     if args.attention:
-        draw_attention(model, images, predictions, maps, args.attention)
+        check_picture(args.attention)
+    model = load_model(args.model)
+    if args.demo:
+        names, images = zip(*demo_images(), strict=True)
+    else:
+        names, images = args.images, map(read_image, args.images)
+    if args.attention:
+        images = list(images)
+    predictions = predict(model, images)
+    if args.attention:
+        draw_attention(model, images, predictions, args.attention)
     if args.json:
         seen = [
             {"image": name, "predictions": [asdict(p) for p in best]}
@@ -96,6 +101,7 @@ def _predict(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 after one line on what was wrong with the input."""
     args = _parser().parse_args(argv)
+    from .predict import InputError
     from .pretrained import WeightsError
 
     try:
@@ -104,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, WeightsError, OSError) as error:
+    except (InputError, WeightsError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"timm-ulsam: error: {message}", file=sys.stderr)
         return 2

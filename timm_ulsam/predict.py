@@ -1,22 +1,30 @@
 """Predictions of a pretrained model on photographs, and pictures of where its ULSAM blocks looked."""
 
 import difflib
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
 from . import models  # noqa: F401  (registers them)
 from .layers import ULSAM
+from .pretrained import WeightsError
 from .zoo import model_names
 
 _DISPLAY_PIXELS = 256
+_BATCH_SIZE = 32
+_PICTURES = (".jpg", ".pdf", ".png", ".svg", ".webp")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what and why, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -38,51 +46,56 @@ def load_model(name: str) -> nn.Module:
     """Build a pretrained model by name (with or without a tag; `hf-hub:` and `local-dir:` names too), in eval mode.
 
     Raises:
-        ValueError: If the model is unknown (close names are given) or has no pretrained weights.
+        InputError: If the model is unknown (close names are given), has no pretrained weights or cannot be loaded.
         WeightsError: If its weights are truncated or altered.
     """
     if ":" not in name:
         arch, _, tag = name.partition(".")
         if not timm.is_model(arch):
             close = difflib.get_close_matches(arch, timm.list_models(), n=3)
-            raise ValueError(
+            raise InputError(
                 f"unknown model {name!r}"
                 + (f"; did you mean {', '.join(close)}?" if close else "; see timm-ulsam list")
             )
         with_weights = timm.list_pretrained(arch)
         if tag and name not in with_weights:
-            raise ValueError(f"{arch} has no weights {tag!r}; it has: {', '.join(with_weights) or 'none'}")
+            raise InputError(f"{arch} has no weights {tag!r}; it has: {', '.join(with_weights) or 'none'}")
         if not with_weights:
             ours = [n for n in model_names() if timm.is_model_pretrained(n)]
-            raise ValueError(f"{arch} has no pretrained weights; models of this zoo that have: {', '.join(ours)}")
-    return timm.create_model(name, pretrained=True).eval()
+            raise InputError(f"{arch} has no pretrained weights; models of this zoo that have: {', '.join(ours)}")
+    try:
+        return timm.create_model(name, pretrained=True).eval()
+    except WeightsError:
+        raise
+    except Exception as error:  # whatever a name points to may be broken in any way
+        raise InputError(f"cannot load {name}: {error}") from error
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read a photograph as RGB.
+    """Read a photograph as RGB, the right way up.
 
     Raises:
-        ValueError: If the file is missing or not an image; names the file.
+        InputError: If the file is missing or not an image; names the file.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read") from error
+        raise InputError(f"{path} is not an image that Pillow can read") from error
     except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def demo_images() -> list[tuple[str, Image.Image]]:
     """The photographs of the demonstration, by file name, carried by scikit-image: a tabby cat, an espresso, a rocket.
 
     Raises:
-        ValueError: If scikit-image is not installed.
+        InputError: If scikit-image is not installed.
     """
     try:
         from skimage import data
     except ImportError as error:
-        raise ValueError("the demonstration needs scikit-image: pip install 'timm-ulsam[demo]'") from error
+        raise InputError("the demonstration needs scikit-image: pip install 'timm-ulsam[demo]'") from error
     photographs = [("chelsea.png", data.chelsea), ("coffee.png", data.coffee), ("rocket.jpg", data.rocket)]
     return [(name, Image.fromarray(load())) for name, load in photographs]
 
@@ -91,7 +104,7 @@ def class_names(model: nn.Module) -> list[tuple[str, str]]:
     """Label and English description of every class, as the weights' card gives them; else ImageNet's, else numbers."""
     cfg = model.pretrained_cfg
     labels = cfg.get("label_names")
-    if labels is not None:
+    if labels is not None and len(labels) == model.num_classes:
         descriptions = cfg.get("label_descriptions") or {}
         return [(label, descriptions.get(label, label)) for label in labels]
     subset = infer_imagenet_subset(model)
@@ -102,9 +115,7 @@ def class_names(model: nn.Module) -> list[tuple[str, str]]:
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, images: Sequence[Image.Image], top: int = 5
-) -> tuple[list[list[Prediction]], dict[str, torch.Tensor]]:
+def predict(model: nn.Module, images: Iterable[Image.Image], top: int = 5) -> list[list[Prediction]]:
     """Classify photographs with the preprocessing of the model's weights.
 
     Args:
@@ -113,10 +124,21 @@ def predict(
         top: Number of classes to return, most probable first.
 
     Returns:
-        The predictions of every photograph, and the attention maps (N, g, h, w) that every ULSAM layer inferred on the
-        way, by module name.
+        The predictions of every photograph.
     """
-    transform = create_transform(**resolve_model_data_config(model))
+    names = class_names(model)
+    predictions = []
+    # only what the model takes is kept of each photograph
+    for batch in torch.stack(_model_inputs(model, images)).split(_BATCH_SIZE):
+        best = model(batch).softmax(-1).topk(min(top, model.num_classes))
+        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            predictions.append([Prediction(*names[index], value) for value, index in zip(*row, strict=True)])
+    return predictions
+
+
+@torch.inference_mode()
+def attention_maps(model: nn.Module, images: Iterable[Image.Image]) -> dict[str, torch.Tensor]:
+    """The attention maps (N, g, h, w) of every ULSAM layer for N photographs, by module name; empty if it has none."""
     maps: dict[str, torch.Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args, name=name: maps.update({name: layer.attention(args[0])}))
@@ -124,44 +146,53 @@ def predict(
         if isinstance(layer, ULSAM)
     ]
     try:
-        probabilities = model(torch.stack([transform(image) for image in images])).softmax(-1)
+        model(torch.stack(_model_inputs(model, images)))
     finally:
         for hook in hooks:
             hook.remove()
-    names = class_names(model)
-    best = probabilities.topk(min(top, probabilities.shape[1]))
-    predictions = [
-        [Prediction(*names[index], probability) for probability, index in zip(*row, strict=True)]
-        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
-    return predictions, maps
+    return maps
+
+
+def _model_inputs(model: nn.Module, images: Iterable[Image.Image]) -> list[torch.Tensor]:
+    transform = create_transform(**resolve_model_data_config(model))
+    return [transform(image) for image in images]
+
+
+def check_picture(out: str | Path) -> None:
+    """Refuse a picture that could not be drawn, before the work that leads to it.
+
+    Raises:
+        InputError: If the suffix is not that of a picture, the folder does not exist, or matplotlib is not installed.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in _PICTURES:
+        raise InputError(f"cannot draw into {out}: accepted suffixes are {', '.join(_PICTURES)}")
+    if not out.parent.is_dir():
+        raise InputError(f"cannot write {out}: there is no folder {out.parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("drawing needs matplotlib: pip install 'timm-ulsam[demo]'")
 
 
 def draw_attention(
-    model: nn.Module,
-    images: Sequence[Image.Image],
-    predictions: Sequence[Sequence[Prediction]],
-    maps: dict[str, torch.Tensor],
-    out: str | Path,
+    model: nn.Module, images: Sequence[Image.Image], predictions: Sequence[Sequence[Prediction]], out: str | Path
 ) -> None:
     """Write one picture: a row a photograph, the crop that the model saw and then every attention map over it.
 
     Args:
-        model: The model that made the maps.
+        model: A pretrained timm model with ULSAM blocks.
         images: Photographs, RGB.
         predictions: Predictions of every photograph; the first is the title.
-        maps: Attention maps (N, g, h, w) by module name.
         out: Picture to write; its suffix names the format.
 
     Raises:
-        ValueError: If there are no maps, matplotlib is not installed, or the picture cannot be written.
+        InputError: If the model has no ULSAM block, or the picture cannot be written (see `check_picture`).
     """
+    check_picture(out)
+    from matplotlib.figure import Figure
+
+    maps = attention_maps(model, images)
     if not maps:
-        raise ValueError("the model has no ULSAM block, so there is no attention to draw")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("drawing needs matplotlib: pip install 'timm-ulsam[demo]'") from error
+        raise InputError("the model has no ULSAM block, so there is no attention to draw")
 
     panels = [(name, index) for name, m in maps.items() for index in range(m.shape[1])]
     columns = 1 + len(panels)
@@ -194,15 +225,11 @@ def _display_transform(model: nn.Module) -> Any:
 
 
 def _write_figure(figure: Any, out: Path) -> None:
-    accepted = figure.canvas.get_supported_filetypes()
-    suffix = out.suffix.lstrip(".").lower()
-    if suffix not in accepted:
-        raise ValueError(f"cannot draw into {out}: accepted suffixes are {', '.join(sorted(accepted))}")
     temporary = out.with_name(f".{out.name}.part")
     try:
-        figure.savefig(temporary, format=suffix, dpi=100)
+        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=100)
         temporary.replace(out)
     except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror}") from error
+        raise InputError(f"cannot write {out}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)

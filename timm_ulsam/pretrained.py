@@ -7,11 +7,13 @@ a wheel carries it inside, with the weight files of the default tags only. What 
 
 import dataclasses
 import hashlib
+import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, hf_hub_download
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     # for annotations only: importing timm from here would have its hook import this module half-made
@@ -35,26 +37,29 @@ def weights_dir() -> Path:
 
 @cache
 def recorded_digests() -> dict[str, str]:
-    """SHA-256 of every weight file that belongs to the zoo, by `<arch>.<tag>`."""
+    """SHA-256 of every weight file that belongs to the zoo, by `<arch>.<tag>`.
+
+    Raises:
+        WeightsError: If the record cannot be read.
+    """
     sums = weights_dir() / _SUMS_FILE
-    if not sums.is_file():
-        return {}
-    rows = (line.split() for line in sums.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {path.split("/")[0].lstrip("*"): digest for digest, path in rows}
+    try:
+        rows = [line.split() for line in sums.read_text(encoding="utf-8").splitlines()]
+        return {path.split("/")[0]: digest for digest, path in rows}
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot read the digests of the weights in {sums}: {error}") from error
 
 
 def weights_cfg(name: str) -> dict[str, Any]:
-    """timm's pretrained cfg of the weights `<arch>.<tag>`: as published, with the place to load them from."""
-    from timm.models._hub import load_model_config_from_path
-
-    cfg, _, _ = load_model_config_from_path(weights_dir() / name)
-    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
-    for key in ("tag", "source", "file"):
-        cfg.pop(key, None)
-    cfg["hf_hub_id"] = f"{HUB_ORG}/{name}"
-    file = weights_dir() / name / WEIGHTS_FILE
-    if file.is_file():
-        cfg["file"] = str(file)
+    """The part of timm's pretrained cfg that says where the weights `<arch>.<tag>` are and what their classes mean."""
+    folder = weights_dir() / name
+    cfg: dict[str, Any] = {"hf_hub_id": f"{HUB_ORG}/{name}"}
+    if (folder / WEIGHTS_FILE).is_file():
+        cfg["file"] = str(folder / WEIGHTS_FILE)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        cfg["label_names"] = tuple(config["label_names"])
+        cfg["label_descriptions"] = config["label_descriptions"]
     return cfg
 
 
@@ -82,26 +87,41 @@ def check_digest(file: str | Path, expected: str) -> None:
 
 
 def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "PretrainedCfg":
-    """A pretrained cfg whose weights are at hand and, where they are the zoo's own, have the recorded digest.
+    """A pretrained cfg whose weights are at hand and whole; the zoo's own have the recorded digest.
 
-    Weights that a caller names (`file`, `url` or `state_dict` in `pretrained_cfg_overlay`, another Hub repository)
-    pass unchecked: there is nothing recorded to compare them with.
+    Weights that a caller names (in `pretrained_cfg_overlay`, or by a `local-dir:` or `hf-hub:` name) have no digest to
+    compare with; of a local file it is checked that it is a whole safetensors file.
 
     Raises:
-        WeightsError: If a file of the zoo is truncated or altered.
+        WeightsError: If a file is truncated, or is one of the zoo and altered or without a recorded digest.
     """
     name = f"{cfg.architecture}.{cfg.tag}"
-    expected = recorded_digests().get(name)
-    if expected is None or cfg.state_dict:
+    if cfg.state_dict:
         return cfg
     if cfg.file:
         file = Path(cfg.file)
         file = file / WEIGHTS_FILE if file.is_dir() else file
-        if file.resolve() == weights_dir() / name / WEIGHTS_FILE:
-            check_digest(file, expected)
-        return cfg
-    if cfg.hf_hub_id == f"{HUB_ORG}/{name}":
-        file = hf_hub_download(cfg.hf_hub_id, WEIGHTS_FILE, cache_dir=cache_dir)
-        check_digest(file, expected)
-        return cfg if cfg.source == "hf-hub" else dataclasses.replace(cfg, file=file)
+        if file.resolve() == (weights_dir() / name / WEIGHTS_FILE).resolve():
+            check_digest(file, _recorded_digest(name))
+        elif file.suffix == ".safetensors" and file.is_file():
+            _check_whole(file)
+    elif cfg.hf_hub_id == f"{HUB_ORG}/{name}":
+        downloaded = hf_hub_download(cfg.hf_hub_id, WEIGHTS_FILE, cache_dir=cache_dir)
+        check_digest(downloaded, _recorded_digest(name))
+        if cfg.source != "hf-hub":
+            return dataclasses.replace(cfg, file=downloaded)
     return cfg
+
+
+def _recorded_digest(name: str) -> str:
+    if name not in recorded_digests():
+        raise WeightsError(f"{weights_dir() / _SUMS_FILE} records no digest for {name}, its weights cannot be checked")
+    return recorded_digests()[name]
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise WeightsError(f"{file} is not a whole safetensors file: {error}") from error

@@ -7,7 +7,6 @@ card (README.md) is written by people.
 """
 
 import argparse
-import csv
 import hashlib
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ WEIGHTS = Path(__file__).resolve().parent
 def pack(run: Path, name: str, labels: Path) -> None:
     arch, _, tag = name.partition(".")
     args = yaml.safe_load((run / "args.yaml").read_text(encoding="utf-8"))
-    descriptions = dict(csv.reader(labels.open(encoding="utf-8", newline=""), delimiter="\t"))
+    descriptions = dict(line.split("\t") for line in labels.read_text(encoding="utf-8").splitlines())
     if len(descriptions) != args["num_classes"]:
         raise SystemExit(f"{labels} holds {len(descriptions)} classes, the run was trained on {args['num_classes']}")
 
@@ -36,6 +35,8 @@ def pack(run: Path, name: str, labels: Path) -> None:
     model.pretrained_cfg.update(
         tag=tag, input_size=data["input_size"], pool_size=(-(-height // stride), -(-width // stride))
     )
+    for key in ("label_names", "label_descriptions"):
+        model.pretrained_cfg.pop(key, None)  # those of the tag that is the default now
     load_checkpoint(model, str(run / "model_best.pth.tar"))
 
     with tempfile.TemporaryDirectory(dir=WEIGHTS) as temporary:
@@ -58,7 +59,8 @@ def pack(run: Path, name: str, labels: Path) -> None:
     for file in sorted(WEIGHTS.glob("*/model.safetensors")):
         sums[file.parent.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     lines = [f"{digest}  {folder}/model.safetensors\n" for folder, digest in sums.items()]
-    (WEIGHTS / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    (WEIGHTS / "SHA256SUMS.part").write_text("".join(lines), encoding="utf-8")
+    (WEIGHTS / "SHA256SUMS.part").replace(WEIGHTS / "SHA256SUMS")
     (WEIGHTS / "logs").mkdir(exist_ok=True)
     shutil.copyfile(run / "summary.csv", WEIGHTS / "logs" / f"{name}.csv")
 

@@ -6,6 +6,7 @@ Paper: `ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convoluti
 
 import re
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -19,10 +20,12 @@ _PUBLISHED_MODULES = {"conv_dws": "conv_dw", "bn_dws": "bn_dw", "conv_point": "c
 def _check_input(x: torch.Tensor, channels: int) -> None:
     if torch.jit.is_tracing():
         return  # shapes are traced values there, a comparison would only warn
-    if x.dim() != 4:
-        raise ValueError(f"ULSAM takes an input of shape (N, {channels}, H, W), got {x.dim()} dimensions")
-    if x.shape[1] != channels:
-        raise ValueError(f"ULSAM was built with channels={channels}, got an input of {x.shape[1]} channels")
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"input x of shape {list(x.shape)}: accepted is (N, {channels}, H, W)")
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 def attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -62,8 +65,8 @@ class ULSAM(nn.Module):
         dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If `num_splits` is less than 1 or does not divide `channels`; in `forward`, if the input does not
-            have four dimensions or not `channels` channels.
+        ValueError: If `num_splits` is less than 1 or does not divide `channels`; in `forward`, if the input is not of
+            shape (N, channels, H, W).
     """
 
     def __init__(
@@ -78,9 +81,9 @@ class ULSAM(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if not isinstance(channels, int) or channels < 1:
+        if not _is_positive_integer(channels):
             raise ValueError(f"channels={channels!r} is not a positive integer")
-        if not isinstance(num_splits, int) or num_splits < 1 or channels % num_splits != 0:
+        if not _is_positive_integer(num_splits) or channels % num_splits != 0:
             divisors = [d for d in range(1, channels + 1) if channels % d == 0]
             raise ValueError(f"num_splits={num_splits!r} does not divide channels={channels}; accepted: {divisors}")
         self.channels = channels

@@ -8,13 +8,15 @@ Papers:
 * `MobileNetV2: Inverted Residuals and Linear Bottlenecks` - https://arxiv.org/abs/1801.04381
 """
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerType, get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
@@ -39,7 +41,7 @@ _MOBILENETV2 = (
     (6, 320, 1, 1),
 )
 
-Blocks = int | Sequence[int]
+Blocks = int | Iterable[int]
 
 
 class ULSAMBlock(ULSAM):
@@ -67,9 +69,10 @@ class ULSAMBlock(ULSAM):
 
 
 def _block_numbers(name: str, value: Blocks, accepted: list[int], why: str) -> list[int]:
-    numbers = list(value) if isinstance(value, Sequence) else [value]
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    numbers = list(value) if several else [value]
     for number in numbers:
-        if not isinstance(number, int) or isinstance(number, bool) or number not in accepted:
+        if not isinstance(number, Integral) or isinstance(number, bool) or number not in accepted:
             raise ValueError(f"{name}={value!r}: {number!r} is not a block that {why}; accepted: {accepted}")
     if len(set(numbers)) != len(numbers):
         raise ValueError(f"{name}={value!r} names a block more than once")
@@ -82,7 +85,7 @@ def _place_ulsam(
     num_splits: int,
     replace_blocks: Blocks,
     insert_after: Blocks,
-    norm_layer: Callable[..., nn.Module] | None,
+    norm_layer: LayerType | None,
     **dd: Any,
 ) -> None:
     """Put ULSAM into the built stages of a MobileNet, in place. Blocks are numbered from 1 through all stages."""
@@ -92,9 +95,11 @@ def _place_ulsam(
     replaced = _block_numbers("replace_blocks", replace_blocks, same_shape, "keeps the shape of its input")
     inserted = _block_numbers("insert_after", insert_after, numbers, "exists")
 
+    # the layers keep PyTorch's initialization, as published: a batch norm follows every convolution
+    norm_layer = get_norm_layer(norm_layer) or nn.BatchNorm2d
     number = 0
     for stage_index, stage in enumerate(stages):
-        blocks: dict[str, nn.Module] = {}
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
         for name, block in stage.named_children():
             number += 1
             make = partial(
@@ -102,16 +107,14 @@ def _place_ulsam(
                 args[number - 1]["out_chs"],
                 num_splits,
                 drop_path_rate=args[number - 1]["drop_path_rate"],
-                norm_layer=norm_layer or nn.BatchNorm2d,
+                norm_layer=norm_layer,
                 **dd,
             )
             blocks[name] = make() if number in replaced else block
             if number in inserted:
                 # a name of its own, so that the blocks behind it keep theirs
                 blocks[f"{name}_ulsam"] = make()
-        stages[stage_index] = nn.Sequential()
-        for name, block in blocks.items():
-            stages[stage_index].add_module(name, block)
+        stages[stage_index] = nn.Sequential(blocks)
 
 
 class MobileNetULSAM(EfficientNet):
@@ -139,7 +142,7 @@ class MobileNetULSAM(EfficientNet):
         num_splits: int = 4,
         replace_blocks: Blocks = (),
         insert_after: Blocks = (),
-        norm_layer: Callable[..., nn.Module] | None = None,
+        norm_layer: LayerType | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -163,11 +166,13 @@ class MobileNetULSAMFeatures(EfficientNetFeatures):
         replace_blocks: Blocks = (),
         insert_after: Blocks = (),
         feature_location: str = "bottleneck",
-        norm_layer: Callable[..., nn.Module] | None = None,
+        norm_layer: LayerType | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        if feature_location not in ("bottleneck", "expansion"):
+            raise ValueError(f"feature_location={feature_location!r}; accepted: 'bottleneck', 'expansion'")
         dd = {"device": device, "dtype": dtype}
         super().__init__(block_args, norm_layer=norm_layer, **kwargs, **dd)
         _place_ulsam(self.blocks, block_args, num_splits, replace_blocks, insert_after, norm_layer, **dd)
@@ -202,7 +207,13 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "mobilenetv2_ulsam.tin200": _cfg(**weights_cfg("mobilenetv2_ulsam.tin200")),
+        "mobilenetv2_ulsam.tin200": _cfg(
+            num_classes=200,
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            **weights_cfg("mobilenetv2_ulsam.tin200"),
+        ),
         "mobilenetv2_ulsam_s.untrained": _cfg(),
         "mobilenetv2_ulsam_l.untrained": _cfg(),
         "mobilenetv2_ulsam_050.untrained": _cfg(),
@@ -222,19 +233,20 @@ def _create_mobilenet_ulsam(
     **kwargs: Any,
 ) -> MobileNetULSAM | MobileNetULSAMFeatures:
     round_chs_fn = partial(round_channels, multiplier=channel_multiplier)
-    model_cls, build_kwargs = MobileNetULSAM, {}
+    model_cls, kwargs_filter = MobileNetULSAM, None
+    pretrained_strict = kwargs.pop("pretrained_strict", True)
     features_only = kwargs.pop("features_only", False)
     # features come from a class of their own, unless another way to extract them is asked for
     features_cls = features_only and "feature_cfg" not in kwargs and "feature_cls" not in kwargs
     if features_cls:
         model_cls = MobileNetULSAMFeatures
-        build_kwargs = dict(
-            kwargs_filter=("num_classes", "num_features", "global_pool"),
-            pretrained_strict=False,  # the head is not there
-        )
-    cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    )
+        kwargs_filter = ("num_classes", "num_features", "global_pool")
+        pretrained_strict = False  # the head is not there
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if overlay.get("url") or overlay.get("hf_hub_id"):
+        # timm takes a file first, then the Hub, then a URL: ours must not stand before what the caller names
+        overlay = {"file": None, "hf_hub_id": None, **overlay}
+    cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
     if pretrained:
         cfg = checked_cfg(cfg, kwargs.get("cache_dir"))
     model = build_model_with_cfg(
@@ -242,6 +254,8 @@ def _create_mobilenet_ulsam(
         variant,
         pretrained,
         pretrained_cfg=cfg.to_dict(),
+        pretrained_strict=pretrained_strict,
+        kwargs_filter=kwargs_filter,
         features_only=features_only and not features_cls,
         block_args=decode_arch_def(arch_def),
         num_features=max(num_features, round_chs_fn(num_features)) if num_features else 0,
@@ -249,7 +263,6 @@ def _create_mobilenet_ulsam(
         round_chs_fn=round_chs_fn,
         norm_layer=kwargs.pop("norm_layer", None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
         act_layer=resolve_act_layer(kwargs, "relu6"),
-        **build_kwargs,
         **kwargs,
     )
     if features_cls:
