@@ -35,11 +35,12 @@ def model_names() -> list[str]:
 
 
 def entries() -> list[Entry]:
-    """Measure every model. Nothing is allocated: the models are built on the meta device."""
-    return [_measure(name) for name in model_names()]
+    """Measure every model of the zoo."""
+    return [measure(name) for name in model_names()]
 
 
-def _measure(name: str) -> Entry:
+def measure(name: str) -> Entry:
+    """Measure a model of timm, ours or not, by name. Nothing is allocated: it is built on the meta device."""
     model = timm.create_model(name, num_classes=1000, device="meta").eval()
     with FlopCounterMode(display=False) as flops:
         model(torch.empty(1, 3, 224, 224, device="meta"))
