@@ -129,7 +129,7 @@ def predict(model: nn.Module, images: Iterable[Image.Image], top: int = 5) -> li
     names = class_names(model)
     predictions = []
     # only what the model takes is kept of each photograph
-    for batch in torch.stack(_model_inputs(model, images)).split(_BATCH_SIZE):
+    for batch in _model_inputs(model, images).split(_BATCH_SIZE):
         best = model(batch).softmax(-1).topk(min(top, model.num_classes))
         for row in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             predictions.append([Prediction(*names[index], value) for value, index in zip(*row, strict=True)])
@@ -146,16 +146,16 @@ def attention_maps(model: nn.Module, images: Iterable[Image.Image]) -> dict[str,
         if isinstance(layer, ULSAM)
     ]
     try:
-        model(torch.stack(_model_inputs(model, images)))
+        model(_model_inputs(model, images))
     finally:
         for hook in hooks:
             hook.remove()
     return maps
 
 
-def _model_inputs(model: nn.Module, images: Iterable[Image.Image]) -> list[torch.Tensor]:
+def _model_inputs(model: nn.Module, images: Iterable[Image.Image]) -> torch.Tensor:
     transform = create_transform(**resolve_model_data_config(model))
-    return [transform(image) for image in images]
+    return torch.stack([transform(image) for image in images])
 
 
 def check_picture(out: str | Path) -> None:

@@ -2,8 +2,9 @@
 
     python weights/pack.py RUN_DIR mobilenetv2_ulsam.tin200 --labels words.txt
 
-Writes model.safetensors and config.json, records the digest in SHA256SUMS and copies the run's log to logs/. The model
-card (README.md) is written by people.
+Writes model.safetensors and config.json, records the digest in SHA256SUMS and copies the run's log to logs/. By hand
+follow: the model card (README.md), the tag in `default_cfgs` of its model file, what the wheel carries of it in
+pyproject.toml, and the README's table.
 """
 
 import argparse
@@ -15,8 +16,7 @@ from pathlib import Path
 import timm
 import yaml
 from timm.data import resolve_data_config
-from timm.models import load_checkpoint
-from timm.models._hub import save_for_hf
+from timm.models import load_checkpoint, save_for_hf
 
 WEIGHTS = Path(__file__).resolve().parent
 

@@ -17,11 +17,17 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerType, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._builder import pretrained_cfg_for_features, resolve_pretrained_cfg
+from timm.models import (
+    EfficientNet,
+    EfficientNetFeatures,
+    FeatureHooks,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._builder import pretrained_cfg_for_features
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
-from timm.models._features import FeatureHooks
-from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 from torch import nn
 
 from ..layers.ulsam import ULSAM, attend
@@ -95,7 +101,7 @@ def _place_ulsam(
     replaced = _block_numbers("replace_blocks", replace_blocks, same_shape, "keeps the shape of its input")
     inserted = _block_numbers("insert_after", insert_after, numbers, "exists")
 
-    # the layers keep PyTorch's initialization, as published: a batch norm follows every convolution
+    # placed after timm's initialization, so the layers keep PyTorch's: a batch norm follows every convolution anyway
     norm_layer = get_norm_layer(norm_layer) or nn.BatchNorm2d
     number = 0
     for stage_index, stage in enumerate(stages):
