@@ -4,12 +4,16 @@ Paper: `ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convoluti
 - https://arxiv.org/abs/2006.15102 (WACV 2020)
 """
 
+import copy
 import re
 from collections.abc import Callable
 from numbers import Integral
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops import Norm, attend, fold, ulsam
 
 # Published state dicts hold one small module per subspace. Their names, and ours.
 _PUBLISHED_KEY = re.compile(r"subspaces\.(\d+)\.(conv_dws|bn_dws|conv_point|bn_point)\.(\w+)")
@@ -28,15 +32,40 @@ def _is_positive_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
-def attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """`x * A + x` with one map A for each of g consecutive groups of channels.
+# What `ULSAM` is built of, in order: where each one is of its type and nobody listens to it, the fused function does
+# what calling them does.
+_FUSABLE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
 
-    Shape: (N, C, H, W) and (N, g, H, W) to (N, C, H, W), in the dtype and memory format of `x`.
-    """
-    splits = maps.shape[1]
-    subspaces = x.unflatten(1, (splits, x.shape[1] // splits))
-    # in one step: in half precision 1 + A, rounded by itself, would lose the attention
-    return torch.addcmul(subspaces, subspaces, maps.to(x.dtype).unsqueeze(2)).flatten(1, 2)
+
+def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+    if kind is nn.BatchNorm2d:
+        if type(module) is nn.Identity:
+            return True  # folded
+        if type(module) is kind and (not module.affine or module.momentum is None):
+            return False
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _norm_of(bn: nn.Module) -> Norm | None:
+    """What the fused function needs of a batch norm; its count of batches moves on as by a call."""
+    if type(bn) is nn.Identity:
+        return None
+    parameters, buffers = bn._parameters, bn._buffers  # looked up as attributes they would cost as much as the rest
+    if bn.training and bn.track_running_stats:
+        buffers["num_batches_tracked"].add_(1)
+    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    if bn.training and not bn.track_running_stats:
+        running_mean = running_var = None
+    training = bn.training or running_mean is None
+    return Norm(parameters["weight"], parameters["bias"], running_mean, running_var, training, bn.momentum, bn.eps)
+
+
+def _is_foldable(bn: nn.Module) -> bool:
+    # known by name, two of them being torchvision's and timm's; all of them do the same on running statistics
+    known = type(bn).__name__ in ("BatchNorm2d", "SyncBatchNorm", "FrozenBatchNorm2d", "SplitBatchNorm2d")
+    return known and bn.weight is not None and bn.running_mean is not None
 
 
 class ULSAM(nn.Module):
@@ -55,6 +84,10 @@ class ULSAM(nn.Module):
     A state dict saved by the published code (`subspaces.<i>.conv_dws.weight`, ...) loads as it is, strictly.
 
     Shape: (N, channels, H, W) to the same shape, dtype and memory format; any H and W from 1.
+
+    All steps run as one fused function (`timm_ulsam.ops`), as long as they are the ones built here: with another
+    activation or norm, a synchronized, split or frozen batch norm, or hooks on them, the modules are called one by one,
+    with the same result.
 
     Args:
         channels: Number of channels of the input.
@@ -110,10 +143,54 @@ class ULSAM(nn.Module):
         return y.flatten(2).softmax(dim=-1).reshape(y.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
+            if self._is_fusable(x):
+                return self._fused(x, None)
         return attend(x, self.attention(x))
+
+    def _is_fusable(self, x: torch.Tensor) -> bool:
+        # synchronized, split and frozen batch norms, other activations, quantized convolutions, hooks: modules to call
+        modules = self._modules.values()
+        return (
+            isinstance(x, torch.Tensor)
+            and all(_is_unchanged(module, kind) for module, kind in zip(modules, _FUSABLE, strict=False))
+            and not _has_any_global_hook()
+        )
+
+    def _fused(self, x: torch.Tensor, map_scale: torch.Tensor | None) -> torch.Tensor:
+        _check_input(x, self.channels)
+        conv_dw, bn_dw, _, _, conv_pw, bn_pw, *_ = self._modules.values()
+        dw, pw = conv_dw._parameters, conv_pw._parameters
+        norms = _norm_of(bn_dw), _norm_of(bn_pw)
+        return ulsam(x, dw["weight"], dw["bias"], norms[0], pw["weight"], pw["bias"], norms[1], map_scale)
+
+    def reparameterize(self) -> None:
+        """Fold both batch norms into the convolutions, in place, for inference: `--reparam` of timm's scripts.
+
+        Computed in float64; the running statistics become constants, in training mode too. A second call changes
+        nothing, and neither does a first where a norm has no running statistics or is no batch norm.
+        """
+        pairs = (("conv_dw", "bn_dw"), ("conv_pw", "bn_pw"))
+        folded = {}
+        for conv_name, bn_name in pairs:
+            conv, bn = getattr(self, conv_name), getattr(self, bn_name)
+            if not _is_foldable(bn):
+                continue
+            constants = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+            norm = Norm(*(c.detach().double() for c in constants), False, 0.0, bn.eps)
+            new = copy.deepcopy(conv)
+            weight, bias = fold(conv.weight.detach().double(), conv.bias.detach().double(), norm)
+            new.weight.data = weight.to(conv.weight.dtype)
+            new.bias.data = bias.to(conv.bias.dtype)
+            folded[conv_name], folded[bn_name] = new, nn.Identity()
+        for name, module in folded.items():
+            setattr(self, name, module)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         _convert_published(state_dict, prefix, self.num_splits, errors)
+        names = {key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix)}
+        if {"conv_dw", "conv_pw"} <= names and not names & {"bn_dw", "bn_pw"}:
+            self.reparameterize()  # as the saved layer was
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
 
 

@@ -30,7 +30,8 @@ from timm.models._builder import pretrained_cfg_for_features
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
 from torch import nn
 
-from ..layers.ulsam import ULSAM, attend
+from ..layers.ulsam import ULSAM
+from ..ops import attend
 from ..pretrained import checked_cfg, weights_cfg
 
 __all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
@@ -71,6 +72,10 @@ class ULSAMBlock(ULSAM):
         return dict(module="", hook_type="forward", num_chs=self.channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
+            if self._is_fusable(x):
+                drops = self.training and not isinstance(self.drop_path, nn.Identity)
+                return self._fused(x, self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)) if drops else None)
         return attend(x, self.drop_path(self.attention(x)))
 
 

@@ -46,10 +46,35 @@ def attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
     Shape: (N, C, H, W) and (N, g, H, W) to (N, C, H, W), in the dtype and memory format of `x`.
     """
+    batch, channels, height, width = x.shape
     splits = maps.shape[1]
-    subspaces = x.unflatten(1, (splits, x.shape[1] // splits))
+    subspaces = x.view(batch, splits, channels // splits, height, width)
     # in one step: in half precision 1 + A, rounded by itself, would lose the attention
     return torch.addcmul(subspaces, subspaces, maps.to(x.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+def scores(
+    x: torch.Tensor, weight_dw: torch.Tensor, bias_dw: torch.Tensor, norm_dw: Norm | None, weight_pw: torch.Tensor
+) -> torch.Tensor:
+    """What each position of each subspace weighs, before bias and batch norm.
+
+    Shape: (N, C, H, W) to (N, g, H, W); arguments as for `ulsam`.
+    """
+    y = F.conv2d(x, weight_dw, bias_dw, groups=x.shape[1])
+    y = F.max_pool2d(batch_norm(y, norm_dw).relu(), 3, stride=1, padding=1)
+    return F.conv2d(y, weight_pw, groups=weight_pw.shape[0])
+
+
+def attention(
+    z: torch.Tensor, bias_pw: torch.Tensor, norm_pw: Norm | None, map_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention maps from what `scores` returns.
+
+    Shape: (N, g, H, W) to the same; arguments as for `ulsam`.
+    """
+    z = batch_norm(z + bias_pw.view(1, -1, 1, 1), norm_pw).relu()
+    maps = z.flatten(2).softmax(dim=-1).view(z.shape)
+    return maps if map_scale is None else maps * map_scale
 
 
 def ulsam(
@@ -77,9 +102,5 @@ def ulsam(
     Returns:
         (N, C, H, W), in the dtype and memory format of `x`.
     """
-    y = F.conv2d(x, weight_dw, bias_dw, groups=x.shape[1])
-    y = F.max_pool2d(batch_norm(y, norm_dw).relu(), 3, stride=1, padding=1)
-    z = F.conv2d(y, weight_pw, bias_pw, groups=weight_pw.shape[0])
-    z = batch_norm(z, norm_pw).relu()
-    maps = z.flatten(2).softmax(dim=-1).reshape(z.shape)
-    return attend(x, maps if map_scale is None else maps * map_scale)
+    z = scores(x, weight_dw, bias_dw, norm_dw, weight_pw)
+    return attend(x, attention(z, bias_pw, norm_pw, map_scale))

@@ -1,0 +1,105 @@
+"""Which version of ULSAM's arithmetic runs: decided here and nowhere else."""
+
+import os
+
+import torch
+from torch.autograd import forward_ad
+
+from . import compiled, cpu, reference
+from .reference import Norm
+
+KERNELS = ("auto", "reference", "triton")
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result
+def _requested() -> str:
+    kernel = os.environ.get("TIMM_ULSAM_KERNEL", "auto")
+    if kernel not in KERNELS:
+        raise ValueError(f"TIMM_ULSAM_KERNEL={kernel!r}; accepted: {', '.join(map(repr, KERNELS))}")
+    return kernel
+
+
+@torch.compiler.assume_constant_result
+def _gpu_missing() -> str:
+    """Why the Triton kernels cannot be had; empty if they can."""
+    try:
+        from . import gpu  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def ulsam(
+    x: torch.Tensor,
+    weight_dw: torch.Tensor,
+    bias_dw: torch.Tensor,
+    norm_dw: Norm | None,
+    weight_pw: torch.Tensor,
+    bias_pw: torch.Tensor,
+    norm_pw: Norm | None,
+    map_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Subspace attention; arguments and result as for `reference.ulsam`, by the fastest version there is for them.
+
+    The environment variable TIMM_ULSAM_KERNEL forces one: 'reference', the plain version, or 'triton', the kernels for
+    GPUs (on other devices only under TRITON_INTERPRET=1). Without it, or with 'auto', kernels run where there is a GPU
+    that has them.
+
+    Raises:
+        ValueError: If TIMM_ULSAM_KERNEL names no version.
+        RuntimeError: If it asks for kernels that cannot run: no Triton, or tensors that are not on a GPU.
+    """
+    args = (x, weight_dw, bias_dw, norm_dw, weight_pw, bias_pw, norm_pw, map_scale)
+    kernel = _requested()
+    if kernel == "reference" or _must_stay_plain(x):
+        return reference.ulsam(*args)
+    if kernel == "triton" or (x.is_cuda and not _gpu_missing()):
+        return _on_gpu(*args)
+    if torch.compiler.is_compiling():
+        return compiled.ulsam(*args)
+    dtype = weight_dw.dtype
+    if x.device.type == "cpu" and (x.dtype == dtype or x.dtype in _HALF) and dtype in (torch.float32, torch.float64):
+        return _on_cpu(*args)
+    return reference.ulsam(*args)
+
+
+def _must_stay_plain(x: torch.Tensor) -> bool:
+    """Whether someone looks at the operators themselves (exporters, FLOP counters), or transforms each of them."""
+    if torch.jit.is_tracing() or _is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or x.numel() <= x.shape[1]  # nothing, or batch statistics of one value, which batch norm refuses
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _is_exporting() -> bool:
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def _on_cpu(x: torch.Tensor, *args) -> torch.Tensor:
+    if args[-1] is not None and args[-1].requires_grad:
+        return reference.ulsam(x, *args)
+    if not torch.is_autocast_enabled("cpu"):
+        return cpu.ulsam(x, *args)
+    with torch.autocast("cpu", enabled=False):  # float32 inside, whatever is around
+        return cpu.ulsam(x, *args)
+
+
+def _on_gpu(x: torch.Tensor, *args) -> torch.Tensor:
+    if _gpu_missing():
+        raise RuntimeError(f"TIMM_ULSAM_KERNEL='triton', but {_gpu_missing()}; accepted here: 'auto', 'reference'")
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"TIMM_ULSAM_KERNEL='triton' with a tensor on {x.device}: the kernels run on GPUs, elsewhere only under "
+            "TRITON_INTERPRET=1"
+        )
+    from . import gpu
+
+    return gpu.ulsam(x, *args)
