@@ -9,6 +9,8 @@ cd "$(dirname "$0")/.."
 mkdir -p "$(dirname "$output")"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 
+python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device")'
+
 tests=()
 for file in tests/test_gpu_kernels.py tests/test_ulsam_layer.py; do
     if [[ -e $file ]]; then tests+=("$file"); fi

@@ -25,8 +25,9 @@ _GPU = (((256, 96, 14, 14), 4, None), ((256, 512, 14, 14), 8, 1.7), ((64, 64, 56
 _GPU_INFER_FASTER, _GPU_TRAIN_FASTER, _GPU_TRAIN_COPIES = 15, 10, 5
 _SAVED = 0.5  # share of what the published module keeps for backward
 
-# error allowed, relative to the float64 result; in half precision no more than twice the published module's own
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# error allowed, relative to the float64 result, where twice the published module's own is not more; float32
+# convolutions on a GPU are done in TF32 unless told otherwise
+_TOLERANCE = {("cpu", torch.float32): 1e-3, ("cuda", torch.float32): 1e-2, ("cuda", torch.bfloat16): 5e-2}
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -82,7 +83,7 @@ def check(
     own = _errors(_results(published, x, upstream, stacked), exact)
     for name, module in modules.items():
         for what, error in _errors(_results(module, x, upstream, dict), exact).items():
-            allowed = max(_TOLERANCE[x.dtype], 2 * own[what])
+            allowed = max(_TOLERANCE[x.device.type, x.dtype], 2 * own[what])
             if not error <= allowed:  # NaN is no agreement either
                 raise Disagreement(
                     f"{what} of {name} is {error:.1e} off the published module's in float64, allowed is {allowed:.1e}"
@@ -228,7 +229,7 @@ def _row(
         ),
         comparisons=_comparisons(mode, faster, copies, saved),
         needs=("cuda",) * (device == "gpu") + ("c++",) * (mode == "compile"),
-        seconds=2.0 if device == "gpu" else 6.0,
+        seconds=2.0 if device == "gpu" else 5.0,
     )
 
 

@@ -164,12 +164,12 @@ def _row(
 def rows() -> list[Row]:
     """Rows of the whole model."""
     return [
-        *(_row("cpu", "infer", 1, channels_last, seconds=15) for channels_last in (False, True)),
-        *(_row("cpu", "infer", 16, channels_last, seconds=30) for channels_last in (False, True)),
-        _row("cpu", "onnx", 1, seconds=15),
-        _row("cpu", "onnx", 16, seconds=25),
-        _row("cpu", "compile", 16, True, seconds=20, has_goal=False),
-        _row("cpu", "train", 16, True, seconds=45),
+        *(_row("cpu", "infer", 1, channels_last, seconds=12) for channels_last in (False, True)),
+        *(_row("cpu", "infer", 16, channels_last, seconds=25) for channels_last in (False, True)),
+        _row("cpu", "onnx", 1, seconds=12),
+        _row("cpu", "onnx", 16, seconds=20),
+        _row("cpu", "compile", 16, True, seconds=15, has_goal=False),
+        _row("cpu", "train", 16, True, seconds=35),
         _row("gpu", "infer", 256, True, seconds=15),
         _row("gpu", "train", 256, True, seconds=20),
     ]

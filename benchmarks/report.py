@@ -1,11 +1,12 @@
 """Results as a table for the terminal and as the performance section of the README."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .model import LIMIT, OURS, PLAIN
+from .model import FOLDED, LIMIT, OURS, PLAIN
 from .rows import Comparison, Row
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
@@ -39,15 +40,15 @@ def goal(compared: Result) -> str:
     if bound is None:
         return ""
     if compared["measure"] == "faster":
-        return f"at least {bound:g}x"
+        return f">= {bound:g}x"
     if compared["measure"] == "above":
-        return f"at most {100 * bound:g} %"
-    return "less than 1x" if bound == 1 else f"at most {bound:g}x"
+        return f"<= {100 * bound:g} %"
+    return "< 1x" if bound == 1 else f"<= {bound:g}x"
 
 
 def _verdict(compared: Result) -> str:
     asked = goal(compared)
-    return asked and f"{asked}: {'reached' if compared['reached'] else 'NOT reached'}"
+    return asked and f"{asked}: {'reached' if compared['reached'] else 'missed'}"
 
 
 def describe(compared: Result) -> str:
@@ -56,7 +57,7 @@ def describe(compared: Result) -> str:
     if compared["quantity"] == "saved_bytes":
         words = f"keeps {figure} what {against} keeps for backward"
     elif compared["measure"] == "faster":
-        words = f"{figure} as fast as {against}"
+        words = f"{figure} faster than {against}"
     elif compared["measure"] == "times":
         words = f"{figure} the time of {against}"
     else:
@@ -158,12 +159,22 @@ class _View:
             return ""
         return _verdict(compared) if self.measured else goal(compared)
 
-    def time(self, contender: str) -> str:
-        return _milliseconds(self.result["contenders"][contender]) if self.measured else self.result["status"]
+    def what(self) -> str:
+        note = self.result.get("note")
+        return f"{self.row.what} ({note})" if note else self.row.what
 
-    def memory(self, contender: str, kind: str) -> str:
-        size = self.result["contenders"][contender].get(kind) if self.measured else None
-        return "" if size is None else _megabytes(size)
+    def times(self, *contenders: str) -> tuple[str, ...]:
+        """Times to print in a table, or that there are none."""
+        if not self.measured:
+            return (self.result["status"], *[""] * (len(contenders) - 1))
+        return tuple(_milliseconds(self.result["contenders"][name]) for name in contenders)
+
+    def memory(self, kind: str, *contenders: str) -> tuple[str, ...]:
+        """Sizes to print in a table, or that there are none."""
+        if not self.measured:
+            return (self.result["status"] if kind == "saved_bytes" else "", *[""] * (len(contenders) - 1))
+        sizes = [self.result["contenders"][name].get(kind) for name in contenders]
+        return tuple("" if size is None else _megabytes(size) for size in sizes)
 
 
 def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -183,9 +194,8 @@ def _layer_table(views: dict[str, _View], device: str) -> str:
         asked = [g for g in (view.goal(ours, "published", "faster"), view.goal(ours, "copy", "times")) if g]
         lines.append(
             (
-                view.row.what,
-                view.time("published"),
-                view.time(ours),
+                view.what(),
+                *view.times("published", ours),
                 view.figure(ours, "published", "faster", spread=True),
                 view.figure(folded, "published", "faster"),
                 beside.figure(ours, "published", "faster") if beside else "",
@@ -193,7 +203,7 @@ def _layer_table(views: dict[str, _View], device: str) -> str:
                 "; ".join(asked),
             )
         )
-    head = ("work", "published, ms", "ULSAM, ms", "faster", "folded", "channels_last", "a copy's time", "goals")
+    head = ("work", "published, ms", "ULSAM, ms", "faster", "folded", "channels_last", "to a copy", "goals")
     return _markdown_table(head, lines)
 
 
@@ -203,12 +213,10 @@ def _memory_table(views: dict[str, _View]) -> str:
     lines = [
         (
             f"{view.row.device.upper()}, {view.row.what.partition(', ')[2]}",
-            view.memory("published", "saved_bytes") or view.result["status"],
-            view.memory("ulsam", "saved_bytes") or view.result["status"],
+            *view.memory("saved_bytes", "published", "ulsam"),
             view.figure(*share),
             view.goal(*share),
-            view.memory("published", "peak_bytes"),
-            view.memory("ulsam", "peak_bytes"),
+            *view.memory("peak_bytes", "published", "ulsam"),
         )
         for view in views.values()
         if "/layer/train/" in view.row.id and not view.row.id.endswith("channels_last")
@@ -217,13 +225,14 @@ def _memory_table(views: dict[str, _View]) -> str:
 
 
 def _model_table(views: dict[str, _View], device: str) -> str:
-    beside, above = (OURS, PLAIN, "times"), (OURS, PLAIN, "above")
-    head = (f"{device.upper()}, ms", f"`{PLAIN}`", f"`{OURS}`", "limit", "ratio", "above the limit", "goals")
+    beside, above, folded = (OURS, PLAIN, "times"), (OURS, PLAIN, "above"), (FOLDED, PLAIN, "times")
+    head = (f"{device.upper()}, ms", f"`{PLAIN}`", f"`{OURS}`", "limit", "ratio", "folded", "above the limit", "goals")
     lines = [
         (
-            view.row.what,
-            *(view.time(name) for name in (PLAIN, OURS, LIMIT)),
+            view.what(),
+            *view.times(PLAIN, OURS, LIMIT),
             view.figure(*beside, spread=True),
+            view.figure(*folded),
             view.figure(*above, spread=True),
             "; ".join(g for g in (view.goal(*beside), view.goal(*above)) if g),
         )
@@ -235,13 +244,14 @@ def _model_table(views: dict[str, _View], device: str) -> str:
 
 def _machine(report: Result, device: str) -> str:
     v = report["versions"]
-    where = f"{report['gpu']}, CUDA {v['cuda']}" if device == "gpu" else f"{report['cpu']}, {report['threads']} threads"
+    threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
+    where = f"{report['gpu']}, CUDA {v['cuda']}" if device == "gpu" else f"{report['cpu']}, {threads}"
     packages = {"torch": "PyTorch", "timm": "timm"}
     packages |= {"triton": "Triton"} if device == "gpu" else {"onnxruntime": "ONNX Runtime"}
     software = [f"{name} {v[key]}" for key, name in packages.items() if v[key]]
     text = f"{where}; {', '.join(software)}; {report['date']}"
     if report["quick"] or not report["complete"]:
-        text += " — **a shortened run, to be replaced by a complete one**"
+        text += "; **a shortened run, to be replaced by a complete one**"
     return text
 
 
@@ -264,7 +274,8 @@ def markdown(rows: Sequence[Row], reports: Sequence[Result]) -> str:
     views = {row.id: _View(row, results.get(row.id)) for row in rows}
     parts = [BEGIN]
     for device, name in (("cpu", "CPU"), ("gpu", "GPU")):
-        parts.append(f"The layer on a {name} ({machines.get(device, 'not measured')}):")
+        where = machines.get(device, "not measured")
+        parts.append(textwrap.fill(f"The layer on a {name} ({where}):", 120, break_on_hyphens=False))
         parts.append(_layer_table(views, device))
     parts += ["Memory:", _memory_table(views), "The model:"]
     return "\n\n".join([*parts, _model_table(views, "cpu"), _model_table(views, "gpu"), END])
