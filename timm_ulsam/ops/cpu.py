@@ -13,7 +13,7 @@ import torch
 
 from . import reference
 from .fold import fold
-from .reference import Norm, attend, attention
+from .reference import Norm, attend, attention, batch_norm
 
 aten = torch.ops.aten
 _thread = threading.local()
@@ -44,15 +44,11 @@ def ulsam(
         tensors = (x, weight_dw, bias_dw, weight_pw, bias_pw, *dw[:2], *pw[:2])
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return _ULSAM.apply(*tensors, dw[2:], pw[2:], map_scale)
-    z, _, _ = _scores(x, weight_dw, bias_dw, norm_dw, weight_pw)
-    if norm_pw is not None and not norm_pw.training:
-        # one operator where batch norm and its own bias would be two, and slower ones
-        scale, shift = fold(torch.ones_like(bias_pw), bias_pw, norm_pw)
-        maps = torch.addcmul(_per_channel(shift), z, _per_channel(scale)).relu_().flatten(2).softmax(-1).view(z.shape)
-        maps = maps if map_scale is None else maps * map_scale
+    if x.numel() <= _SMALL:
+        z = _scores_small(x, weight_dw, bias_dw, norm_dw, weight_pw)
     else:
-        maps = attention(z, bias_pw, norm_pw, map_scale)
-    return attend(x, _like(x, maps))
+        z, _, _ = _scores(x, weight_dw, bias_dw, norm_dw, weight_pw)
+    return attend(x, _like(x, attention(z, bias_pw, norm_pw, map_scale)))
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
@@ -129,19 +125,20 @@ def _scores(
             norm.running_mean.lerp_(weight * mean + bias_dw, norm.momentum)
             norm.running_var.lerp_(weight.square() * var * (count / (count - 1)), norm.momentum)
     scale, shift = _fold(weight, bias_dw, norm, mean, var)
-    if x.numel() <= _SMALL:
-        return _scores_small(x, scale, shift, weight_pw.flatten(1)), mean, var
     if _is_channels_last(x):
         return _scores_channels_last(x, scale, shift, weight_pw.flatten(1)), mean, var
     return _scores_contiguous(x.contiguous(), scale, shift, weight_pw.flatten(1)), mean, var
 
 
-def _scores_small(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    # what counts is the number of operators; PyTorch's pooling is fast where the channels are last
-    y = torch.addcmul(shift, x.permute(0, 2, 3, 1).contiguous(), scale).relu_().permute(0, 3, 1, 2)
-    y = torch.max_pool2d(y, 3, 1, 1).permute(0, 2, 3, 1)
-    y = y.view(*y.shape[:3], *weight.shape)
-    return (y * weight).sum(-1).permute(0, 3, 1, 2).contiguous()
+def _scores_small(
+    x: torch.Tensor, weight_dw: torch.Tensor, bias_dw: torch.Tensor, norm: Norm | None, weight_pw: torch.Tensor
+) -> torch.Tensor:
+    """`reference.scores` in the fewest operators; PyTorch's pooling is fast where the channels are last."""
+    pixels = x.to(weight_dw.dtype).permute(0, 2, 3, 1).contiguous()
+    y = torch.addcmul(bias_dw, pixels, weight_dw.view(-1)).permute(0, 3, 1, 2)
+    y = torch.max_pool2d(batch_norm(y, norm).relu_(), 3, 1, 1).permute(0, 2, 3, 1)
+    y = y.view(*y.shape[:3], *weight_pw.shape[:2]) * weight_pw.flatten(1)
+    return y.sum(-1).permute(0, 3, 1, 2).contiguous()
 
 
 class _Flat:

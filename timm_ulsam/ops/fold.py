@@ -9,7 +9,7 @@ def fold(weight: torch.Tensor, bias: torch.Tensor, norm: Norm | None) -> tuple[t
     """Scale and shift of a convolution and a batch norm on running statistics.
 
     Args:
-        weight: Weight of the convolution, (C, ...), or what stands for it.
+        weight: Weight of the convolution, (C, ...).
         bias: Its bias, (C,).
         norm: Batch norm behind it, not in training; None leaves weight and bias as they are.
 
@@ -18,5 +18,6 @@ def fold(weight: torch.Tensor, bias: torch.Tensor, norm: Norm | None) -> tuple[t
     """
     if norm is None:
         return weight, bias
-    rstd = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
-    return weight * rstd.view(-1, *(1,) * (weight.dim() - 1)), torch.addcmul(norm.bias, bias - norm.running_mean, rstd)
+    scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
+    shift = torch.addcmul(norm.bias, bias - norm.running_mean, scale)
+    return weight * scale.view(-1, *(1,) * (weight.dim() - 1)), shift
