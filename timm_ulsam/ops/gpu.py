@@ -145,6 +145,7 @@ def _forward(
     strides = _strides(x)
     out_strides = _strides(out)
     steps = dict(C_STEP=_step(strides[1], out_strides[1]), P_STEP=_step(strides[2], out_strides[2]))
+    s_step = _step(size)
     scaled = map_scale is not None
     scale = x if map_scale is None else map_scale
     dw = [weight_dw, bias_dw, *_constants(x, statistics_dw, mode_dw, gamma_dw, beta_dw, mean_dw, var_dw)]
@@ -155,7 +156,7 @@ def _forward(
     if fits and mode_dw != _BATCH and mode_pw != _BATCH:
         wrap_triton(fused_kernel)[(programs,)](
             x, z, out, *dw, weight_pw, bias_pw, *pw, scale, eps_dw, eps_pw, height, width, groups, *strides,
-            *out_strides, **steps, K=k, K_BLOCK=k_block, W_BLOCK=w_block, P_BLOCK=p_block,
+            *out_strides, **steps, S_STEP=s_step, K=k, K_BLOCK=k_block, W_BLOCK=w_block, P_BLOCK=p_block,
             MODE_DW=mode_dw, MODE_PW=mode_pw, SCALED=scaled,
         )  # fmt: skip
         return out, z, statistics_dw, statistics_pw
@@ -193,7 +194,7 @@ def _forward(
     share = triton.cdiv(share, k_block) * k_block
     wrap_triton(attend_kernel)[(programs, triton.cdiv(k, share))](
         x, z, out, partials, statistics_pw, *pw, scale, eps_pw, size, groups, parts, *strides, *out_strides, share,
-        **steps, K=k, K_BLOCK=k_block, P_BLOCK=p_block, S_BLOCK=min(_power(size), 4096),
+        **steps, S_STEP=s_step, K=k, K_BLOCK=k_block, P_BLOCK=p_block, S_BLOCK=min(_power(size), 4096),
         PART_BLOCK=256, MODE=mode_pw, SCALED=scaled,
     )  # fmt: skip
     return out, z, statistics_dw, statistics_pw
@@ -238,8 +239,8 @@ def _backward(
     softmax = z.new_empty((2, programs))
     grads_dw = z.new_empty((7, channels))
     grads_pw = z.new_empty((5, groups))
-    strides = [s for t in (x, grad_out, codes) for s in _strides(t)]
-    out_strides = _strides(grad_x)
+    strides = [*_strides(x), *_strides(grad_out)]
+    out_strides = _strides(grad_x)  # of codes as well
     steps = dict(C_STEP=_step(*strides[1::3], out_strides[1]), P_STEP=_step(*strides[2::3], out_strides[2]))
     dw = [weight_dw, bias_dw, *_constants(x, statistics_dw, mode_dw, gamma_dw, beta_dw, mean_dw, var_dw)]
     pw = _constants(x, statistics_pw, mode_pw, gamma_pw, beta_pw, mean_pw, var_pw)
@@ -250,7 +251,8 @@ def _backward(
     kw_block, w_block = _row_tile(width, k, 1024)
     wrap_triton(map_gradient_kernel)[(programs,)](
         x, grad_out, z, grad_map, codes, sums, map_sums, softmax, *dw, *pw, scale, eps_dw, eps_pw, height, width,
-        groups, batch, *strides, **steps, K=k, K_BLOCK=k_block, P_BLOCK=p_block, S_BLOCK=min(_power(size), 4096),
+        groups, batch, *strides, *out_strides, **steps, S_STEP=_step(size), K=k,
+        K_BLOCK=k_block, P_BLOCK=p_block, S_BLOCK=min(_power(size), 4096),
         KW_BLOCK=kw_block, W_BLOCK=w_block, MODE_DW=mode_dw, MODE_PW=mode_pw, SCALED=scaled,
     )  # fmt: skip
     c_block = min(_power(k), 8)

@@ -7,11 +7,12 @@ Arithmetic is in float32 whatever the dtype of x. What all kernels have in commo
   launches that prepare constants. Likewise the batch norm of the maps.
 - An affine step and ReLU keep or reverse the order of values, so the 3x3 max pool runs on `sign(scale) * x`, which is
   exact, and the affine step follows once for each pooled value.
-- Programs walk down the rows of a map and carry the maxima of the last rows in registers. A neighbour outside of the
-  map is replaced by the nearest one inside, which is in the window anyway: no masks.
+- Programs walk down the rows of a map and carry the maxima of the last rows in registers. A row outside of the map is
+  replaced by the nearest one inside, which is in the window anyway.
 - Pixels are addressed through one stride, so W strides of H must be flat; either that stride or the one of channels
   is 1 in the common memory formats, and Triton lays out its tiles accordingly.
-- C_STEP and P_STEP divide the strides of channels and of pixels: so the compiler knows where it may read wide words.
+- C_STEP, P_STEP and S_STEP divide the strides of channels and of pixels and the number of pixels: so the compiler
+  knows where it may read wide words.
 - Offsets inside a sample are 32 bits wide, those of samples 64.
 """
 
@@ -33,11 +34,11 @@ def nan_maximum(a, b):
 INTERPRETED = not isinstance(nan_maximum, triton.JITFunction)
 
 
-def tuned(*num_warps: int, key: tuple[str, ...] = ("K", "H", "W", "stride_c")):
-    """Choose the number of warps by timing, once for each of `key` and the dtypes of the arguments."""
+def tuned(*num_warps: int, key: tuple[str, ...] = ("K", "H", "W", "stride_c"), options: tuple[dict, ...] = ({},)):
+    """Choose among warps and options by timing, once for each of `key` and the dtypes of the arguments."""
     if INTERPRETED:
         return lambda kernel: kernel
-    return triton.autotune([triton.Config({}, num_warps=n) for n in num_warps], key=list(key))
+    return triton.autotune([triton.Config(o, num_warps=n) for o in options for n in num_warps], key=list(key))
 
 
 @triton.jit
@@ -99,16 +100,27 @@ def softmax_statistics(z_map, size, centre, factor, shift, P_BLOCK: tl.constexpr
 
 
 @triton.jit
-def row_maximum(x_row, left, middle, right, mask, sign, MASKED: tl.constexpr):
+def border_of(sign, dtype: tl.constexpr):
+    """What stands beside a map: `sign` times it is never the largest."""
+    return tl.where(sign > 0, float("-inf"), tl.where(sign < 0, float("inf"), 0.0)).to(dtype)
+
+
+@triton.jit
+def neighbours(pixel, stride_p, in_left, in_middle, in_right, border, sign, MASKED: tl.constexpr):
+    """`sign` times the values to the left of, at and to the right of pointers to pixels."""
+    left = tl.load(pixel - stride_p, mask=in_left, other=border).to(tl.float32)
     if MASKED:
-        a = tl.load(x_row + left, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x_row + middle, mask=mask, other=0.0).to(tl.float32)
-        c = tl.load(x_row + right, mask=mask, other=0.0).to(tl.float32)
+        middle = tl.load(pixel, mask=in_middle, other=0.0).to(tl.float32)
     else:
-        a = tl.load(x_row + left).to(tl.float32)
-        b = tl.load(x_row + middle).to(tl.float32)
-        c = tl.load(x_row + right).to(tl.float32)
-    return nan_maximum(nan_maximum(a * sign, b * sign), c * sign)
+        middle = tl.load(pixel).to(tl.float32)
+    right = tl.load(pixel + stride_p, mask=in_right, other=border).to(tl.float32)
+    return left * sign, middle * sign, right * sign
+
+
+@triton.jit
+def row_maximum(pixel, stride_p, in_left, in_middle, in_right, border, sign, MASKED: tl.constexpr):
+    left, middle, right = neighbours(pixel, stride_p, in_left, in_middle, in_right, border, sign, MASKED)
+    return nan_maximum(nan_maximum(left, middle), right)
 
 
 @triton.jit
@@ -121,40 +133,48 @@ def score_rows(
     """Write rows `first` to `last` of a group's scores; their number, mean and sum of squared deviations."""
     w = first_column + tl.arange(0, W_BLOCK)
     valid = w < W
-    left = (tl.minimum(tl.maximum(w - 1, 0), W - 1) * stride_p)[None, :]
-    middle = (tl.minimum(w, W - 1) * stride_p)[None, :]
-    right = (tl.minimum(w + 1, W - 1) * stride_p)[None, :]
+    columns = (tl.minimum(w, W - 1) * stride_p)[None, :]
     stride_h = W * stride_p
     k = tl.arange(0, K_BLOCK)
     inside = k < K
+    in_left = inside[:, None] & ((w > 0) & valid)[None, :]
+    in_middle = inside[:, None]
+    in_right = inside[:, None] & (w + 1 < W)[None, :]
     MASKED: tl.constexpr = K % K_BLOCK != 0
     scale, centre, shift = channel_affine(
         g * K + k, inside, channels, weight_dw, bias_dw, gamma_dw, beta_dw, mean_dw, var_dw, eps, MODE
     )
-    weight = tl.load(weight_pw + g * K + k, mask=inside, other=0.0).to(tl.float32)
-    sign = sign_of(scale)
-    offset = (k * stride_c)[:, None]
+    weight = tl.load(weight_pw + g * K + k, mask=inside, other=0.0).to(tl.float32)[:, None]
+    sign = sign_of(scale)[:, None]
+    border = border_of(sign, x_map.dtype.element_ty)
+    scale = scale[:, None]
+    centre = centre[:, None]
+    shift = shift[:, None]
+    offset = (k * stride_c)[:, None] + columns
     bias = tl.load(bias_pw + g).to(tl.float32)
     mean = tl.zeros([W_BLOCK], tl.float32)
     squares = tl.zeros([W_BLOCK], tl.float32)
     if K <= K_BLOCK:
-        mask = inside[:, None]
         x_row = x_map + tl.maximum(first - 1, 0) * stride_h
-        above = row_maximum(x_row, offset + left, offset + middle, offset + right, mask, sign[:, None], MASKED)
+        above = row_maximum(x_row + offset, stride_p, in_left, in_middle, in_right, border, sign, MASKED)
         x_row = x_map + first * stride_h
-        here = row_maximum(x_row, offset + left, offset + middle, offset + right, mask, sign[:, None], MASKED)
+        here = row_maximum(x_row + offset, stride_p, in_left, in_middle, in_right, border, sign, MASKED)
+        x_row = x_map + tl.minimum(first + 1, H - 1) * stride_h
+        below = row_maximum(x_row + offset, stride_p, in_left, in_middle, in_right, border, sign, MASKED)
         for h in range(first, last):
-            x_row = x_map + tl.minimum(h + 1, H - 1) * stride_h
-            below = row_maximum(x_row, offset + left, offset + middle, offset + right, mask, sign[:, None], MASKED)
+            # asked for one row ahead: memory answers while this row is summed
+            x_row = x_map + tl.minimum(h + 2, H - 1) * stride_h
+            beyond = row_maximum(x_row + offset, stride_p, in_left, in_middle, in_right, border, sign, MASKED)
             y = nan_maximum(nan_maximum(above, here), below)
-            y = (y - (sign * centre)[:, None]) * tl.abs(scale)[:, None] + shift[:, None]
-            score = tl.sum(nan_maximum(y, 0.0) * weight[:, None], axis=0) + bias
+            y = (y - sign * centre) * tl.abs(scale) + shift
+            score = tl.sum(nan_maximum(y, 0.0) * weight, axis=0) + bias
             tl.store(z_map + h * W + w, score, mask=valid)
             deviation = score - mean
             mean += deviation / (h - first + 1)
             squares += deviation * (score - mean)
             above = here
             here = below
+            below = beyond
     else:
         # too many channels to carry rows of all of them
         for h in range(first, last):
@@ -162,33 +182,34 @@ def score_rows(
             for first_channel in range(0, K, K_BLOCK):
                 k = first_channel + tl.arange(0, K_BLOCK)
                 inside = k < K
-                mask = inside[:, None]
-                scale, centre, shift = channel_affine(
+                in_left = inside[:, None] & ((w > 0) & valid)[None, :]
+                in_middle = inside[:, None]
+                in_right = inside[:, None] & (w + 1 < W)[None, :]
+                part_scale, part_centre, part_shift = channel_affine(
                     g * K + k, inside, channels, weight_dw, bias_dw, gamma_dw, beta_dw, mean_dw, var_dw, eps, MODE
                 )
-                weight = tl.load(weight_pw + g * K + k, mask=inside, other=0.0).to(tl.float32)
-                sign = sign_of(scale)
-                offset = (k * stride_c)[:, None]
+                weight = tl.load(weight_pw + g * K + k, mask=inside, other=0.0).to(tl.float32)[:, None]
+                sign = sign_of(part_scale)[:, None]
+                border = border_of(sign, x_map.dtype.element_ty)
+                offset = (k * stride_c)[:, None] + columns
                 y = tl.full([K_BLOCK, W_BLOCK], float("-inf"), tl.float32)
                 for step in tl.static_range(-1, 2):
                     x_row = x_map + tl.minimum(tl.maximum(h + step, 0), H - 1) * stride_h
-                    row = row_maximum(
-                        x_row, offset + left, offset + middle, offset + right, mask, sign[:, None], MASKED
-                    )
+                    row = row_maximum(x_row + offset, stride_p, in_left, in_middle, in_right, border, sign, MASKED)
                     y = nan_maximum(y, row)
-                y = (y - (sign * centre)[:, None]) * tl.abs(scale)[:, None] + shift[:, None]
-                total += nan_maximum(y, 0.0) * weight[:, None]
+                y = (y - sign * part_centre[:, None]) * tl.abs(part_scale)[:, None] + part_shift[:, None]
+                total += nan_maximum(y, 0.0) * weight
             score = tl.sum(total, axis=0) + bias
             tl.store(z_map + h * W + w, score, mask=valid)
             deviation = score - mean
             mean += deviation / (h - first + 1)
             squares += deviation * (score - mean)
     rows = (last - first) * 1.0
-    columns = tl.minimum(W - first_column, W_BLOCK) * 1.0
-    average = tl.sum(tl.where(valid, mean, 0.0), axis=0) / columns
+    width = tl.minimum(W - first_column, W_BLOCK) * 1.0
+    average = tl.sum(tl.where(valid, mean, 0.0), axis=0) / width
     deviation = tl.where(valid, mean - average, 0.0)
     squares = tl.sum(tl.where(valid, squares, 0.0), axis=0) + rows * tl.sum(deviation * deviation, axis=0)
-    return rows * columns, average, squares
+    return rows * width, average, squares
 
 
 @triton.jit
@@ -331,11 +352,12 @@ def attend_kernel(
     gamma_pw, beta_pw, mean_pw, var_pw, map_scale, eps, size, groups, parts, stride_n, stride_c, stride_p,
     out_stride_n, out_stride_c, out_stride_p,
     share,  # channels of each program
-    C_STEP: tl.constexpr, P_STEP: tl.constexpr,
+    C_STEP: tl.constexpr, P_STEP: tl.constexpr, S_STEP: tl.constexpr,
     K: tl.constexpr, K_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr,
     PART_BLOCK: tl.constexpr, MODE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """`x * A + x` from the scores. Grid: (N * g, shares of a group's channels)."""
+    size = size // S_STEP * S_STEP
     stride_c = stride_c // C_STEP * C_STEP
     stride_p = stride_p // P_STEP * P_STEP
     out_stride_c = out_stride_c // C_STEP * C_STEP
@@ -374,14 +396,14 @@ def attend_kernel(
             tl.store(out_map + k * out_stride_c + p[None, :] * out_stride_p, value, mask=mask)
 
 
-@tuned(2, 4, 8)
+@tuned(2, 4, 8, options=({"KEEP": True}, {"KEEP": False}))
 @triton.jit
 def fused_kernel(
     x, z, out, weight_dw, bias_dw, gamma_dw, beta_dw, mean_dw, var_dw, weight_pw, bias_pw, gamma_pw, beta_pw,
     mean_pw, var_pw, map_scale, eps_dw, eps_pw, H, W, groups, stride_n, stride_c, stride_p, out_stride_n,
     out_stride_c, out_stride_p, K: tl.constexpr, K_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr,
-    P_BLOCK: tl.constexpr, C_STEP: tl.constexpr, P_STEP: tl.constexpr, MODE_DW: tl.constexpr, MODE_PW: tl.constexpr,
-    SCALED: tl.constexpr,
+    P_BLOCK: tl.constexpr, C_STEP: tl.constexpr, P_STEP: tl.constexpr, S_STEP: tl.constexpr, MODE_DW: tl.constexpr,
+    MODE_PW: tl.constexpr, SCALED: tl.constexpr, KEEP: tl.constexpr = True,
 ):  # fmt: skip
     """All of ULSAM on constants, where one group of one sample fits on chip. Grid: (N * g,)."""
     stride_c = stride_c // C_STEP * C_STEP
@@ -390,14 +412,16 @@ def fused_kernel(
     out_stride_p = out_stride_p // P_STEP * P_STEP
     n = (tl.program_id(0) // groups).to(tl.int64)
     g = tl.program_id(0) % groups
-    size = H * W
+    size = H * W // S_STEP * S_STEP
     x_map = x + n * stride_n + g * K * stride_c
     z_map = z + tl.program_id(0).to(tl.int64) * size
     k = tl.arange(0, K_BLOCK)[:, None]
     p = tl.arange(0, P_BLOCK)
     mask = (k < K) & (p < size)[None, :]
-    # everything is read at once and kept for the end: one trip to memory, the rows below come out of the L1 cache
-    value = tl.load(x_map + k * stride_c + p[None, :] * stride_p, mask=mask, other=0.0)
+    pixels = x_map + k * stride_c + p[None, :] * stride_p
+    if KEEP:
+        # read at once and kept for the end: one trip to memory, the rows below come out of the L1 cache
+        value = tl.load(pixels, mask=mask, other=0.0)
     score_rows(
         x_map, z_map, 0, H, 0, g, groups * K,
         weight_dw, bias_dw, gamma_dw, beta_dw, mean_dw, var_dw, weight_pw, bias_pw, eps_dw,
@@ -411,6 +435,8 @@ def fused_kernel(
     height = 1.0 / tl.sum(attention, axis=0)
     if SCALED:
         height *= tl.load(map_scale + n).to(tl.float32)
+    if not KEEP:
+        value = tl.load(pixels, mask=mask, other=0.0)
     result = value.to(tl.float32)
     result += result * (attention * height)[None, :]
     out_map = out + n * out_stride_n + g * K * out_stride_c

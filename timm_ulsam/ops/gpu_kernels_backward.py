@@ -16,9 +16,11 @@ from .gpu_kernels import (
     BATCH,
     FOLDED,
     RUNNING,
+    border_of,
     channel_affine,
     map_affine,
     nan_maximum,
+    neighbours,
     sign_of,
     softmax_statistics,
     tuned,
@@ -26,18 +28,13 @@ from .gpu_kernels import (
 
 
 @triton.jit
-def row_winner(x_row, left, middle, right, in_left, in_middle, in_right, sign):
+def row_winner(pixel, stride_p, in_left, in_middle, in_right, border, sign, MASKED: tl.constexpr):
     """First largest of three neighbours in a row, and its column."""
-    a = tl.load(x_row + left, mask=in_left, other=0.0).to(tl.float32) * sign
-    b = tl.load(x_row + middle, mask=in_middle, other=0.0).to(tl.float32) * sign
-    c = tl.load(x_row + right, mask=in_right, other=0.0).to(tl.float32) * sign
-    best = tl.where(in_left, a, float("-inf"))
-    b = tl.where(in_middle, b, float("-inf"))
-    c = tl.where(in_right, c, float("-inf"))
-    code = tl.where(b > best, 1, 0)
-    best = tl.maximum(best, b)
-    code = tl.where(c > best, 2, code)
-    return tl.maximum(best, c), code
+    left, middle, right = neighbours(pixel, stride_p, in_left, in_middle, in_right, border, sign, MASKED)
+    code = tl.where(middle > left, 1, 0)
+    best = tl.maximum(left, middle)
+    code = tl.where(right > best, 2, code)
+    return tl.maximum(best, right), code
 
 
 @tuned(4, 8)
@@ -52,9 +49,9 @@ def map_gradient_kernel(
     weight_dw, bias_dw, gamma_dw, beta_dw, mean_dw, var_dw, gamma_pw, beta_pw, mean_pw, var_pw, map_scale,
     eps_dw, eps_pw, H, W, groups, batch, stride_n, stride_c, stride_p, grad_stride_n, grad_stride_c, grad_stride_p,
     code_stride_n, code_stride_c, code_stride_p,
-    C_STEP: tl.constexpr, P_STEP: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
-    S_BLOCK: tl.constexpr, KW_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr, MODE_DW: tl.constexpr, MODE_PW: tl.constexpr,
-    SCALED: tl.constexpr,
+    C_STEP: tl.constexpr, P_STEP: tl.constexpr, S_STEP: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr,
+    P_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr, KW_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr,
+    MODE_DW: tl.constexpr, MODE_PW: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a group's map, and its share in the gradients of the parameters. Grid: (N * g,)."""
     stride_c = stride_c // C_STEP * C_STEP
@@ -63,7 +60,7 @@ def map_gradient_kernel(
     grad_stride_p = grad_stride_p // P_STEP * P_STEP
     n = (tl.program_id(0) // groups).to(tl.int64)
     g = tl.program_id(0) % groups
-    size = H * W
+    size = H * W // S_STEP * S_STEP
     channels = groups * K
     x_map = x + n * stride_n + g * K * stride_c
     z_map = z + tl.program_id(0).to(tl.int64) * size
@@ -123,7 +120,6 @@ def map_gradient_kernel(
         scale, centre, shift = channel_affine(
             g * K + k, inside, channels, weight_dw, bias_dw, gamma_dw, beta_dw, mean_dw, var_dw, eps_dw, MODE_DW
         )
-        sign = sign_of(scale)
         # where the scale is zero all values tie, and no value tells which x was first
         flat = tl.max((inside & (scale == 0.0)).to(tl.int32), axis=0)
         k = k[:, None]
@@ -131,7 +127,9 @@ def map_gradient_kernel(
         scale = scale[:, None]
         centre = centre[:, None]
         shift = shift[:, None]
-        sign = sign[:, None]
+        sign = sign_of(scale)
+        border = border_of(sign, x.dtype.element_ty)
+        MASKED: tl.constexpr = K % KW_BLOCK != 0
         e_on = tl.zeros([KW_BLOCK, W_BLOCK], tl.float32)
         e_x = tl.zeros([KW_BLOCK, W_BLOCK], tl.float32)
         one_on = tl.zeros([KW_BLOCK, W_BLOCK], tl.float32)
@@ -140,43 +138,42 @@ def map_gradient_kernel(
         z_x = tl.zeros([KW_BLOCK, W_BLOCK], tl.float32)
         for column in range(0, W, W_BLOCK):
             w = column + tl.arange(0, W_BLOCK)
-            middle = k * stride_c + w[None, :] * stride_p
-            left = middle - stride_p
-            right = middle + stride_p
-            in_left = inside & ((w > 0) & (w <= W))[None, :]
-            in_middle = inside & (w < W)[None, :]
-            in_right = inside & (w + 1 < W)[None, :]
+            offset = k * stride_c + (tl.minimum(w, W - 1) * stride_p)[None, :]
+            code_offset = k * code_stride_c + w[None, :] * code_stride_p
+            valid = inside & (w < W)[None, :]
+            in_left = valid & (w > 0)[None, :]
+            in_right = valid & (w + 1 < W)[None, :]
             above = tl.full([KW_BLOCK, W_BLOCK], float("-inf"), tl.float32)
             above_code = tl.zeros([KW_BLOCK, W_BLOCK], tl.int32)
-            here, here_code = row_winner(x_map, left, middle, right, in_left, in_middle, in_right, sign)
+            here, here_code = row_winner(x_map + offset, stride_p, in_left, inside, in_right, border, sign, MASKED)
             for h in range(0, H):
-                more = (tl.zeros_like(w) + h + 1 < H)[None, :]
+                # below the last row that row again, which wins nothing: it is not larger than itself
+                x_row = x_map + tl.minimum(h + 1, H - 1) * W * stride_p
                 below, below_code = row_winner(
-                    x_map + (h + 1) * W * stride_p,
-                    left, middle, right, in_left & more, in_middle & more, in_right & more, sign,
-                )  # fmt: skip
+                    x_row + offset, stride_p, in_left, inside, in_right, border, sign, MASKED
+                )
                 code = tl.where(here > above, here_code + 3, above_code)
                 best = tl.maximum(above, here)
                 code = tl.where(below > best, below_code + 6, code)
                 best = tl.maximum(best, below)
-                code_row = code_map + h * W * code_stride_p
-                tl.store(code_row + k * code_stride_c + w[None, :] * code_stride_p, code.to(tl.int8), mask=in_middle)
+                tl.store(code_map + h * W * code_stride_p + code_offset, code.to(tl.int8), mask=valid)
                 value = best * sign
                 if flat > 0:
                     corner = tl.maximum(h - 1, 0) * W + tl.maximum(w - 1, 0)
-                    leader = tl.load(x_map + k * stride_c + corner[None, :] * stride_p, mask=in_middle, other=0.0)
+                    leader = tl.load(x_map + k * stride_c + corner[None, :] * stride_p, mask=valid, other=0.0)
                     value = tl.where(scale == 0.0, leader.to(tl.float32), value)
-                on = in_middle & ((value - centre) * scale + shift > 0.0)
-                value = tl.where(on, value - centre, 0.0)
+                value -= centre
+                on = tl.where(valid & (value * scale + shift > 0.0), 1.0, 0.0)
+                value = tl.where(on > 0.0, value, 0.0)
                 e = tl.load(e_map + h * W + w, mask=w < W, other=0.0)[None, :]
-                e_on += tl.where(on, e, 0.0)
-                e_x += e * value
+                e_on += on * e
+                e_x += value * e
                 if MODE_PW == BATCH:
                     z_hat = (tl.load(z_map + h * W + w, mask=w < W, other=0.0)[None, :] - z_centre) * z_inverse
-                    one_on += tl.where(on, 1.0, 0.0)
+                    one_on += on
                     one_x += value
-                    z_on += tl.where(on, z_hat, 0.0)
-                    z_x += z_hat * value
+                    z_on += on * z_hat
+                    z_x += value * z_hat
                 above = here
                 above_code = here_code
                 here = below
@@ -303,7 +300,7 @@ def input_gradient_kernel(
     x, grad_out, z, grad_map, codes, softmax, grads_dw, grads_pw, grad_x,
     weight_dw, bias_dw, gamma_dw, beta_dw, mean_dw, var_dw, weight_pw, gamma_pw, beta_pw, mean_pw, var_pw,
     eps_dw, eps_pw, H, W, groups, stride_n, stride_c, stride_p, grad_stride_n, grad_stride_c, grad_stride_p,
-    code_stride_n, code_stride_c, code_stride_p, out_stride_n, out_stride_c, out_stride_p,
+    out_stride_n, out_stride_c, out_stride_p,  # of codes as well
     rows,  # of each program
     C_STEP: tl.constexpr, P_STEP: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr,
     MODE_DW: tl.constexpr, MODE_PW: tl.constexpr,
@@ -313,8 +310,6 @@ def input_gradient_kernel(
     stride_p = stride_p // P_STEP * P_STEP
     grad_stride_c = grad_stride_c // C_STEP * C_STEP
     grad_stride_p = grad_stride_p // P_STEP * P_STEP
-    code_stride_c = code_stride_c // C_STEP * C_STEP
-    code_stride_p = code_stride_p // P_STEP * P_STEP
     out_stride_c = out_stride_c // C_STEP * C_STEP
     out_stride_p = out_stride_p // P_STEP * P_STEP
     n = (tl.program_id(0) // groups).to(tl.int64)
@@ -325,8 +320,7 @@ def input_gradient_kernel(
     w = (tl.program_id(2) // blocks) * W_BLOCK + tl.arange(0, W_BLOCK)
     x_map = x + n * stride_n + g * K * stride_c
     grad_group = grad_out + n * grad_stride_n + g * K * grad_stride_c
-    code_map = codes + n * code_stride_n + g * K * code_stride_c
-    out_map = grad_x + n * out_stride_n + g * K * out_stride_c
+    out_map = n * out_stride_n + g * K * out_stride_c
     z_map = z + tl.program_id(0).to(tl.int64) * H * W
     e_map = grad_map + tl.program_id(0).to(tl.int64) * H * W
 
@@ -353,7 +347,6 @@ def input_gradient_kernel(
     in_right = inside[:, None] & (w + 1 < W)[None, :]
     x_offset = k[:, None] * stride_c + w[None, :] * stride_p
     grad_offset = k[:, None] * grad_stride_c + w[None, :] * grad_stride_p
-    code_offset = k[:, None] * code_stride_c + w[None, :] * code_stride_p
     out_offset = k[:, None] * out_stride_c + w[None, :] * out_stride_p
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, H)
@@ -363,10 +356,15 @@ def input_gradient_kernel(
     for h in range(first - 1, last + 1):
         row = tl.zeros_like(w) + h
         there = (row >= 0) & (row < H)
-        code_row = code_map + h * W * code_stride_p + code_offset
-        left = tl.load(code_row - code_stride_p, mask=in_left & there[None, :], other=-1).to(tl.int32)
-        middle = tl.load(code_row, mask=mask & there[None, :], other=-1).to(tl.int32)
-        right = tl.load(code_row + code_stride_p, mask=in_right & there[None, :], other=-1).to(tl.int32)
+        finished = mask & (row > first)[None, :]  # the row above, after the windows of this row
+        done = (h - 1) * W
+        value = tl.load(x_map + done * stride_p + x_offset, mask=finished, other=0.0).to(tl.float32)
+        grad = tl.load(grad_group + done * grad_stride_p + grad_offset, mask=finished, other=0.0).to(tl.float32)
+        score = tl.load(z_map + done + w, mask=(row > first) & (w < W), other=0.0)
+        code = codes + (out_map + h * W * out_stride_p) + out_offset
+        left = tl.load(code - out_stride_p, mask=in_left & there[None, :], other=-1).to(tl.int32)
+        middle = tl.load(code, mask=mask & there[None, :], other=-1).to(tl.int32)
+        right = tl.load(code + out_stride_p, mask=in_right & there[None, :], other=-1).to(tl.int32)
         e_row = e_map + h * W
         z_row = z_map + h * W
         dz_left = score_gradient(
@@ -377,24 +375,19 @@ def input_gradient_kernel(
             e_row, z_row, w + 1, (w + 1 < W) & there, z_centre, z_inverse, z_factor, mean_e, mean_ez
         )
         # the winner of the window to the left lies in that window's right column, and so on
-        upper += tl.where(left == 2, dz_left, 0.0)
-        upper += tl.where(middle == 1, dz_middle, 0.0)
-        upper += tl.where(right == 0, dz_right, 0.0)
-        if h > first:
-            done = (h - 1) * W
-            value = tl.load(x_map + done * stride_p + x_offset, mask=mask, other=0.0).to(tl.float32)
-            grad = tl.load(grad_group + done * grad_stride_p + grad_offset, mask=mask, other=0.0).to(tl.float32)
-            score = (tl.load(z_map + done + w, mask=w < W, other=0.0) - z_centre) * z_factor + z_shift
-            attention = tl.exp(nan_maximum(score, 0.0) - peak) * height
-            result = grad + grad * attention[None, :]
-            value -= centre
-            result += tl.where(value * scale + shift > 0.0, upper * factor, 0.0)
-            if MODE_DW == BATCH:
-                result += constant + slope * value
-            tl.store(out_map + done * out_stride_p + out_offset, result, mask=mask)
-        upper = lower + tl.where(left == 5, dz_left, 0.0)
-        upper += tl.where(middle == 4, dz_middle, 0.0)
-        upper += tl.where(right == 3, dz_right, 0.0)
+        upper = tl.where(left == 2, upper + dz_left, upper)
+        upper = tl.where(middle == 1, upper + dz_middle, upper)
+        upper = tl.where(right == 0, upper + dz_right, upper)
+        attention = tl.exp(nan_maximum((score - z_centre) * z_factor + z_shift, 0.0) - peak) * height
+        result = grad + grad * attention[None, :]
+        value -= centre
+        result = tl.where(value * scale + shift > 0.0, result + upper * factor, result)
+        if MODE_DW == BATCH:
+            result += constant + slope * value
+        tl.store(grad_x + (out_map + done * out_stride_p) + out_offset, result, mask=finished)
+        upper = tl.where(left == 5, lower + dz_left, lower)
+        upper = tl.where(middle == 4, upper + dz_middle, upper)
+        upper = tl.where(right == 3, upper + dz_right, upper)
         lower = tl.where(left == 8, dz_left, 0.0)
-        lower += tl.where(middle == 7, dz_middle, 0.0)
-        lower += tl.where(right == 6, dz_right, 0.0)
+        lower = tl.where(middle == 7, lower + dz_middle, lower)
+        lower = tl.where(right == 6, lower + dz_right, lower)
