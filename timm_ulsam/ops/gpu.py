@@ -172,8 +172,9 @@ def _forward(
         parts = triton.cdiv(batch, samples) * triton.cdiv(size, share)
         partials = x.new_empty((parts, 3, channels), dtype=torch.float32)
         wrap_triton(statistics_kernel)[(blocks, parts)](
-            x, partials, batch, size, channels, *strides, samples, share, C_BLOCK=c_block, P_BLOCK=pixels
-        )
+            x, partials, batch, size, channels, *strides, samples, share, **steps, S_STEP=s_step,
+            C_BLOCK=c_block, P_BLOCK=pixels,
+        )  # fmt: skip
         c_block = min(_power(channels), 16)
         wrap_triton(merge_statistics_kernel)[(triton.cdiv(channels, c_block),)](
             partials, statistics_dw, weight_dw, bias_dw, parts, channels, batch * size,

@@ -109,10 +109,7 @@ def border_of(sign, dtype: tl.constexpr):
 def neighbours(pixel, stride_p, in_left, in_middle, in_right, border, sign, MASKED: tl.constexpr):
     """`sign` times the values to the left of, at and to the right of pointers to pixels."""
     left = tl.load(pixel - stride_p, mask=in_left, other=border).to(tl.float32)
-    if MASKED:
-        middle = tl.load(pixel, mask=in_middle, other=0.0).to(tl.float32)
-    else:
-        middle = tl.load(pixel).to(tl.float32)
+    middle = (tl.load(pixel, mask=in_middle, other=0.0) if MASKED else tl.load(pixel)).to(tl.float32)
     right = tl.load(pixel + stride_p, mask=in_right, other=border).to(tl.float32)
     return left * sign, middle * sign, right * sign
 
@@ -212,15 +209,21 @@ def score_rows(
     return rows * width, average, squares
 
 
+@tuned(4, 8, key=("channels", "size", "stride_c"))
 @triton.jit
 def statistics_kernel(
     x,
     partials,  # (parts, 3, C): count, mean, sum of squared deviations
     batch, size, channels, stride_n, stride_c, stride_p,
     samples,  # of each part
-    pixels, C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
+    pixels,  # a multiple of P_BLOCK
+    C_STEP: tl.constexpr, P_STEP: tl.constexpr, S_STEP: tl.constexpr,
+    C_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Statistics of C_BLOCK channels over a part of the batch. Grid: (blocks of channels, parts)."""
+    stride_c = stride_c // C_STEP * C_STEP
+    stride_p = stride_p // P_STEP * P_STEP
+    size = size // S_STEP * S_STEP
     part = tl.program_id(1)
     tiles = tl.cdiv(size, pixels)
     first = (part // tiles) * samples
@@ -237,9 +240,9 @@ def statistics_kernel(
         for pixel in range(begin, end, P_BLOCK):
             p = (pixel + tl.arange(0, P_BLOCK))[None, :]
             offset = c[:, None] * stride_c + p * stride_p
-            value = tl.load(x_sample + offset, mask=inside[:, None] & (p < end), other=0.0).to(tl.float32)
-            count += (p < end).to(tl.float32)
-            deviation = tl.where(p < end, value - mean, 0.0)
+            value = tl.load(x_sample + offset, mask=inside[:, None] & (p < size), other=0.0).to(tl.float32)
+            count += (p < size).to(tl.float32)
+            deviation = tl.where(p < size, value - mean, 0.0)
             mean += deviation * (1.0 / tl.maximum(count, 1.0))
             squares += deviation * (value - mean)
         x_sample += stride_n
