@@ -102,7 +102,7 @@ def seeded():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [TRAIN, EVAL, FOLDED])
 def test_output_gradients_and_statistics_are_those_of_the_plain_version(training, dtype, memory_format):
-    x = tensor(2, 6, 5, 7, dtype=dtype).contiguous(memory_format=memory_format)
+    x = tensor(2, 6, 4, 6, dtype=dtype).contiguous(memory_format=memory_format)
     found, _ = check(x, 2, training)
     assert found["out"].is_contiguous(memory_format=memory_format)
     assert found["grad_x"].is_contiguous(memory_format=memory_format)
@@ -123,8 +123,8 @@ def test_parameters_may_be_half_precision_too(dtype, training):
 @pytest.mark.parametrize(
     ("shape", "splits"),
     [
-        ((3, 4, 1, 1), 2), ((2, 2, 1, 9), 1), ((2, 2, 9, 1), 1), ((2, 3, 7, 7), 3), ((2, 1, 3, 3), 1),
-        ((1, 10, 3, 5), 2), ((1, 2, 3, 70), 1),
+        ((3, 4, 1, 1), 2), ((2, 4, 5, 7), 2), ((2, 2, 1, 9), 1), ((2, 2, 9, 1), 1), ((1, 3, 7, 7), 3),
+        ((2, 1, 3, 3), 1), ((1, 10, 3, 5), 2), ((1, 2, 3, 70), 1),
     ],
 )  # fmt: skip
 def test_any_size_number_of_channels_and_of_groups(shape, splits, training):
@@ -179,12 +179,12 @@ def test_gradients_of_any_strides():
 @pytest.mark.parametrize("training", [TRAIN, EVAL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_values_pass_their_gradient_to_the_first(dtype, training):
-    steps = torch.randint(0, 2, (2, 4, 5, 6)).to(DEVICE, dtype)  # ties in every window
+    steps = torch.randint(0, 2, (2, 4, 4, 5)).to(DEVICE, dtype)  # ties in every window
     check(steps, 2, training)
     params = parameters(4, 2)
     params["beta_dw"].abs_()
-    check(torch.full_like(steps, 0.5), 2, training, params=params)
-    check(torch.zeros_like(steps), 2, training, params=params)
+    check(torch.full_like(steps[:1], 0.5), 2, training, params=params)
+    check(torch.zeros_like(steps[:1]), 2, training, params=params)
 
 
 @pytest.mark.parametrize("training", [TRAIN, EVAL])
@@ -222,7 +222,7 @@ def test_large_scores_and_values_stay_finite():
 
 
 def test_statistics_of_values_far_from_zero_do_not_cancel():
-    check(tensor(4, 4, 6, 6) + 1000, 2, TRAIN, tolerance=1e-3)
+    check(tensor(2, 4, 4, 5) + 1000, 2, TRAIN, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("training", [TRAIN, EVAL])
@@ -260,7 +260,7 @@ def test_autocast_changes_nothing(dtype):
 
 
 def test_same_input_gives_the_same_bits():
-    x, params, grad = tensor(2, 4, 5, 7), parameters(4, 2), tensor(2, 4, 5, 7)
+    x, params, grad = tensor(2, 4, 3, 4), parameters(4, 2), tensor(2, 4, 3, 4)
     for training in (TRAIN, EVAL):
         one, two = (run(gpu.ulsam, x, grad, params, training) for _ in range(2))
         assert all(torch.equal(one[k], two[k]) for k in one)

@@ -93,9 +93,10 @@ def _row_tile(width: int, channels: int, elements: int) -> tuple[int, int]:
     return min(_power(channels), max(elements // columns, 1)), columns
 
 
-def _parts(height: int, programs: int) -> int:
-    """Rows for each program where there are `programs` times as many programs as tiles of rows."""
-    return triton.cdiv(height, min(triton.cdiv(_PROGRAMS, max(programs, 1)), triton.cdiv(height, 8)))
+def _share(size: int, block: int, programs: int) -> int:
+    """How much of `size`, in blocks, a program does where there are `programs` for each share."""
+    blocks = triton.cdiv(size, block)
+    return triton.cdiv(blocks, min(triton.cdiv(_PROGRAMS, max(programs, 1)), blocks)) * block
 
 
 def _mode(training: bool, gamma: torch.Tensor | None) -> int:
@@ -167,8 +168,7 @@ def _forward(
         # merging reads all parts again: a few hundred keep the GPU busy
         most = max(_PROGRAMS // blocks, 1)
         samples = triton.cdiv(batch, most)
-        share = triton.cdiv(size, min(triton.cdiv(most, batch), triton.cdiv(size, pixels))) if samples == 1 else size
-        share = triton.cdiv(share, pixels) * pixels
+        share = _share(size, pixels if samples == 1 else _power(size), blocks * batch)
         parts = triton.cdiv(batch, samples) * triton.cdiv(size, share)
         partials = x.new_empty((parts, 3, channels), dtype=torch.float32)
         wrap_triton(statistics_kernel)[(blocks, parts)](
@@ -182,7 +182,7 @@ def _forward(
         )  # fmt: skip
 
     k_block, w_block = _row_tile(width, k, 4096)
-    rows = _parts(height, programs)
+    rows = _share(height, 8, programs)
     grid = (programs, triton.cdiv(height, rows), triton.cdiv(width, w_block))
     parts = batch * grid[1] * grid[2]
     partials = x.new_empty((groups, parts, 3) if mode_pw == _BATCH else (0,), dtype=torch.float32)
@@ -191,11 +191,12 @@ def _forward(
         **steps, K=k, K_BLOCK=k_block, W_BLOCK=w_block, MODE=mode_dw, STATISTICS=mode_pw == _BATCH,
     )  # fmt: skip
     k_block, p_block = _tile(x, k, 8192)
-    share = triton.cdiv(k, min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(k, k_block)))
-    share = triton.cdiv(share, k_block) * k_block
-    wrap_triton(attend_kernel)[(programs, triton.cdiv(k, share))](
+    share = _share(k, k_block, programs)
+    grid = (programs, triton.cdiv(k, share))
+    pixels = _share(size, p_block, programs * grid[1])
+    wrap_triton(attend_kernel)[(*grid, triton.cdiv(size, pixels))](
         x, z, out, partials, statistics_pw, *pw, scale, eps_pw, size, groups, parts, *strides, *out_strides, share,
-        **steps, S_STEP=s_step, K=k, K_BLOCK=k_block, P_BLOCK=p_block, S_BLOCK=min(_power(size), 4096),
+        pixels,         **steps, S_STEP=s_step, K=k, K_BLOCK=k_block, P_BLOCK=p_block, S_BLOCK=min(_power(size), 4096),
         PART_BLOCK=256, MODE=mode_pw, SCALED=scaled,
     )  # fmt: skip
     return out, z, statistics_dw, statistics_pw
@@ -261,9 +262,9 @@ def _backward(
         sums, map_sums, grads_dw, grads_pw, *dw, weight_pw, *pw, eps_dw, eps_pw, batch, size, groups,
         K=k, K_BLOCK=c_block, N_BLOCK=64, MODE_DW=mode_dw, MODE_PW=mode_pw,
     )  # fmt: skip
-    kw_block, w_block = _row_tile(width, k, 2048)
+    kw_block, w_block = _row_tile(width, k, 1024)
     blocks = triton.cdiv(k, kw_block) * triton.cdiv(width, w_block)
-    rows = _parts(height, programs * blocks)
+    rows = _share(height, 8, programs * blocks)
     wrap_triton(input_gradient_kernel)[(programs, triton.cdiv(height, rows), blocks)](
         x, grad_out, z, grad_map, codes, softmax, grads_dw, grads_pw, grad_x, *dw, weight_pw, *pw, eps_dw, eps_pw,
         height, width, groups, *strides, *out_strides, rows,

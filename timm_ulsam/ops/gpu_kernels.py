@@ -289,7 +289,7 @@ def merge_statistics_kernel(
     tl.store(statistics + 3 * channels + c, a * a * squares / (count * 1.0 - 1.0), mask=inside)
 
 
-@tuned(1, 2, 4, 8)
+@tuned(2, 4, 8)
 @triton.jit
 def score_kernel(
     x,
@@ -355,11 +355,12 @@ def attend_kernel(
     gamma_pw, beta_pw, mean_pw, var_pw, map_scale, eps, size, groups, parts, stride_n, stride_c, stride_p,
     out_stride_n, out_stride_c, out_stride_p,
     share,  # channels of each program
+    pixels,  # likewise, a multiple of P_BLOCK
     C_STEP: tl.constexpr, P_STEP: tl.constexpr, S_STEP: tl.constexpr,
     K: tl.constexpr, K_BLOCK: tl.constexpr, P_BLOCK: tl.constexpr, S_BLOCK: tl.constexpr,
     PART_BLOCK: tl.constexpr, MODE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """`x * A + x` from the scores. Grid: (N * g, shares of a group's channels)."""
+    """`x * A + x` from the scores. Grid: (N * g, shares of a group's channels, of its pixels)."""
     size = size // S_STEP * S_STEP
     stride_c = stride_c // C_STEP * C_STEP
     stride_p = stride_p // P_STEP * P_STEP
@@ -372,7 +373,7 @@ def attend_kernel(
         number, centre, squares = merge_map_statistics(partials, g, parts, PART_BLOCK)
         factor = tl.load(gamma_pw + g).to(tl.float32) * tl.rsqrt(squares / number + eps)
         shift = tl.load(beta_pw + g).to(tl.float32)
-        if (tl.program_id(0) < groups) & (tl.program_id(1) == 0):
+        if (tl.program_id(0) < groups) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
             tl.store(statistics + g, centre)
             tl.store(statistics + groups + g, squares / number)
             tl.store(statistics + 2 * groups + g, centre)
@@ -387,7 +388,8 @@ def attend_kernel(
     x_map = x + n * stride_n + g * K * stride_c
     out_map = out + n * out_stride_n + g * K * out_stride_c
     first_channel = tl.program_id(1) * share
-    for first in range(0, size, P_BLOCK):
+    begin = tl.program_id(2) * pixels
+    for first in range(begin, tl.minimum(begin + pixels, size), P_BLOCK):
         p = first + tl.arange(0, P_BLOCK)
         score = nan_maximum((tl.load(z_map + p, mask=p < size, other=0.0) - centre) * factor + shift, 0.0)
         attention = tl.exp(score - peak) * height
