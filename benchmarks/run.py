@@ -18,7 +18,7 @@ import torch
 import timm_ulsam
 
 from .rows import Case, Comparison, Disagreement, Figure, Options, Row
-from .timing import CudaEvents, Samples, measure, spread, wall_clock
+from .timing import CudaEvents, Samples, measure, settle_allocator, spread, wall_clock
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -97,6 +97,7 @@ def run(rows: Iterable[Row], options: Options, progress: Callable[[int, Row, Res
         progress: Called with the row's place, from 0, the row, and None before it is measured, its result after.
     """
     torch.set_num_threads(options.threads)
+    settle_allocator()
     results = []
     for index, row in enumerate(rows):
         progress(index, row, None)

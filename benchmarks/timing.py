@@ -29,6 +29,15 @@ class Samples(NamedTuple):
     calls: dict[str, int]
 
 
+def settle_allocator() -> None:
+    """Bring the C library's allocator to where it is in a process that has trained or served for a while.
+
+    glibc hands large blocks back to the system until it has seen one of up to 32 MB freed, and every page of a new one
+    then costs a fault, more than what most operators do with it: of that, each contender would pay by chance.
+    """
+    torch.ones(31 << 20, dtype=torch.uint8)
+
+
 def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles of at least one value."""
     if len(values) == 1:

@@ -88,6 +88,15 @@ def _workspace(like: torch.Tensor, *sizes: int) -> list[torch.Tensor]:
     return list(kept[: sum(sizes)].split(sizes))
 
 
+def _buffer_like(x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """The beginning of `memory` in shape and memory format of `x`."""
+    memory = memory.view(-1)[: x.numel()]
+    if not _is_channels_last(x):
+        return memory.view(x.shape)
+    batch, channels, height, width = x.shape
+    return memory.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
 def _per_channel(vector: torch.Tensor) -> torch.Tensor:
     return vector.view(1, -1, 1, 1)
 
@@ -96,8 +105,12 @@ def _batch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of each channel of (N, C, H, W), the variance of what is left without the mean."""
     mean = x.mean((0, 2, 3))
     squares = torch.zeros_like(mean)
-    for part in _parts(x):
-        squares += (x[part] - _per_channel(mean)).square_().sum((0, 2, 3))
+    parts = _parts(x, _PART // 2)
+    (memory,) = _workspace(x, x[parts[0]].numel())
+    for part in parts:
+        centred = _buffer_like(x[part], memory)
+        torch.sub(x[part], _per_channel(mean), out=centred)
+        squares += centred.square_().sum((0, 2, 3))
     return mean, squares / (x.numel() // x.shape[1])
 
 
@@ -302,10 +315,12 @@ def _scores_backward(
     grad_scale, grad_shift = torch.zeros_like(scale), torch.zeros_like(scale)
     # (positions, C), channels last whatever x is: there PyTorch's pooling is fast; the same memory for every part
     channels, height, width = x.shape[1:]
-    parts = _parts(x, _PART)
+    parts = _parts(x, _PART // 2)
     positions = parts[0].stop * height * width
     size = positions * channels
-    indices, *buffers = _workspace(weight, size * (8 // weight.itemsize), size, size, size, size)
+    # with pixels a power of two apart, to read one channel of all would evict itself from the cache
+    wide = channels + 16
+    indices, *buffers, spread = _workspace(weight, size * (8 // weight.itemsize), *(size,) * 4, positions * wide)
     buffers = [buffer.view(positions, channels) for buffer in (indices.view(torch.int64), *buffers)]
     for part in parts:
         shape = (part.stop - part.start, height, width, channels)
@@ -325,9 +340,13 @@ def _scores_backward(
         grad = aten.threshold_backward.grad_input(pooled, y, 0, grad_input=pooled)
         grad_shift += grad.sum(0)
         grad_scale += pixels.mul_(grad).sum(0)
-        grad.mul_(scale)
-        grad_x[part] = attend(grad_y[part].to(weight.dtype), _like(x, maps[part]))
-        grad_x[part] += pooled4
+        spread_part = spread[: len(grad) * wide].view(*shape[:3], wide)[..., :channels]
+        torch.mul(grad.view(shape), scale, out=spread_part)
+        grad_part, grad_y_part = grad_x[part], grad_y[part].to(weight.dtype)
+        grad_part.copy_(spread_part.permute(0, 3, 1, 2)).add_(grad_y_part)
+        splits = (weight_pw.shape[0], -1)
+        grad_part = grad_part.unflatten(1, splits)
+        grad_part.addcmul_(grad_y_part.unflatten(1, splits), _like(x, maps[part]).unsqueeze(2))
 
     grad_weight_pw = grad_weight_pw.view(*weight_pw.shape, 1, 1)
     if norm is None:
@@ -347,7 +366,9 @@ def _scores_backward(
         grad_mean = _per_channel(-scale * grad_shift / count)
         grad_var = _per_channel(-grad_scale * norm.weight * (weight * rstd).pow(3) / count)
         for part in parts:
-            grad_x[part] += (x[part] - _per_channel(mean)).mul_(grad_var).add_(grad_mean)
+            centred = _buffer_like(x[part], buffers[1])
+            torch.sub(x[part], _per_channel(mean), out=centred)
+            grad_x[part].add_(centred.mul_(grad_var).add_(grad_mean))
     return (
         grad_x.to(x.dtype),
         grad_weight.view(weight_dw.shape),
