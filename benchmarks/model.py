@@ -93,6 +93,8 @@ def _onnx_session(model: nn.Module, x: torch.Tensor, threads: int) -> Callable[[
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
+    # else the threads of one session go on spinning, on the cores of the contender that is timed next
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.onnx")
         onnx_export(model, path, example_input=x)

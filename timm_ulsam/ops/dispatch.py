@@ -5,7 +5,7 @@ import os
 import torch
 from torch.autograd import forward_ad
 
-from . import compiled, cpu, reference
+from . import compiled, cpu, onnx, reference
 from .reference import Norm
 
 KERNELS = ("auto", "reference", "triton")
@@ -52,6 +52,8 @@ def ulsam(
     """
     args = (x, weight_dw, bias_dw, norm_dw, weight_pw, bias_pw, norm_pw, map_scale)
     kernel = _requested()
+    if torch.onnx.is_in_onnx_export():
+        return onnx.ulsam(*args)
     if kernel == "reference" or _must_stay_plain(x):
         return reference.ulsam(*args)
     if kernel == "triton" or (x.is_cuda and not _gpu_missing()):
