@@ -189,13 +189,14 @@ class ULSAM(nn.Module):
         """Fold both batch norms into the convolutions, in place, for inference: `--reparam` of timm's scripts.
 
         Computed in float64; the running statistics become constants, in training mode too. A second call changes
-        nothing, and neither does a first where a norm has no running statistics or is no batch norm.
+        nothing, and neither does a first where a norm has no running statistics or is no batch norm, or where a
+        convolution was replaced, has hooks, or computes its weight (parametrization, pruning).
         """
         pairs = (("conv_dw", "bn_dw"), ("conv_pw", "bn_pw"))
         folded = {}
         for conv_name, bn_name in pairs:
             conv, bn = getattr(self, conv_name), getattr(self, bn_name)
-            if not _is_foldable(bn):
+            if not _is_foldable(bn) or not _is_unchanged(conv, nn.Conv2d) or conv.bias is None:
                 continue
             constants = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
             norm = Norm(*(c.detach().double() for c in constants), False, 0.0, bn.eps)
