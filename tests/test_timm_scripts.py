@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -115,3 +116,20 @@ def test_validate_benchmark_inference_and_export_the_pretrained_model(images, tm
     assert list(tmp_path.glob("*.csv"))
     run("onnx_export.py", tmp_path / "model.onnx", "--model", name, cwd=tmp_path)
     assert (tmp_path / "model.onnx").stat().st_size > 0
+
+
+def test_folded_models_are_validated_and_benchmarked(images, tmp_path):
+    shared = ["--model", "mobilenetv2_ulsam", "--device", "cpu", "--img-size", 64]
+    validate = ["validate.py", "--data-dir", images, "--split", "validation", *shared, "--pretrained", "-b", 8]
+    benchmark = ["benchmark.py", *shared, "--bench", "inference", "--num-bench-iter", 10, "--num-warm-iter", 1, "-b", 2]
+    counts, top1 = [], []
+    for options in ([], ["--reparam"]):
+        out = run(*validate, *options, cwd=tmp_path)
+        top1.append(re.search(r'"top1": ([\d.]+)', out).group(1))
+        counts += [
+            int(re.search(r"param count: (\d+)", o).group(1)) for o in (out, run(*benchmark, *options, cwd=tmp_path))
+        ]
+    assert top1[0] == top1[1]
+    # without weight and bias of the norms over 96 and 160 channels and, twice, 4 subspaces
+    folded = counts[0] - 2 * (96 + 160 + 4 + 4)
+    assert counts == [counts[0], counts[0], folded, folded]

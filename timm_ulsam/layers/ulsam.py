@@ -35,6 +35,8 @@ def _is_positive_integer(value: object) -> bool:
 # What `ULSAM` is built of, in order: where each one is of its type and nobody listens to it, the fused function does
 # what calling them does.
 _FUSABLE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+_CONV = ((1, 1), (1, 1), (0, 0))
+_POOL = (3, 1, 1, 1, False, False)
 
 
 def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -46,6 +48,19 @@ def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _is_conv(conv: nn.Conv2d, channels: int) -> bool:
+    return (
+        conv.groups == conv.out_channels == channels
+        and (conv.kernel_size, conv.stride, conv.padding) == _CONV
+        and conv._parameters["bias"] is not None
+    )
+
+
+def _is_pool(pool: nn.MaxPool2d) -> bool:
+    settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.return_indices, pool.ceil_mode
+    return settings == _POOL
 
 
 def _norm_of(bn: nn.Module) -> Norm | None:
@@ -150,11 +165,17 @@ class ULSAM(nn.Module):
 
     def _is_fusable(self, x: torch.Tensor) -> bool:
         # synchronized, split and frozen batch norms, other activations, quantized convolutions, hooks: modules to call
-        modules = self._modules.values()
-        return (
+        modules = self._modules
+        if not (
             isinstance(x, torch.Tensor)
-            and all(_is_unchanged(module, kind) for module, kind in zip(modules, _FUSABLE, strict=False))
+            and all(_is_unchanged(module, kind) for module, kind in zip(modules.values(), _FUSABLE, strict=False))
             and not _has_any_global_hook()
+        ):
+            return False
+        return (
+            _is_conv(modules["conv_dw"], self.channels)
+            and _is_conv(modules["conv_pw"], self.num_splits)
+            and _is_pool(modules["pool"])
         )
 
     def _fused(self, x: torch.Tensor, map_scale: torch.Tensor | None) -> torch.Tensor:
@@ -168,13 +189,14 @@ class ULSAM(nn.Module):
         """Fold both batch norms into the convolutions, in place, for inference: `--reparam` of timm's scripts.
 
         Computed in float64; the running statistics become constants, in training mode too. A second call changes
-        nothing, and neither does a first where a norm has no running statistics or is no batch norm.
+        nothing, and neither does a first where a norm has no running statistics or is no batch norm, or where a
+        convolution was replaced, has hooks, or computes its weight (parametrization, pruning).
         """
         pairs = (("conv_dw", "bn_dw"), ("conv_pw", "bn_pw"))
         folded = {}
         for conv_name, bn_name in pairs:
             conv, bn = getattr(self, conv_name), getattr(self, bn_name)
-            if not _is_foldable(bn):
+            if not _is_foldable(bn) or not _is_unchanged(conv, nn.Conv2d) or conv.bias is None:
                 continue
             constants = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
             norm = Norm(*(c.detach().double() for c in constants), False, 0.0, bn.eps)

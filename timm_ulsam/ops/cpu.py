@@ -259,10 +259,13 @@ class _ULSAM(torch.autograd.Function):
         x, weight_dw, bias_dw, weight_pw, bias_pw, map_scale, z, mean, var, *tensors = ctx.saved_tensors
         tensors = iter(tensors)
         dw, pw = (s and Norm(*(next(tensors) for _ in range(4)), *s) for s in ctx.settings)
-        if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+        # the gradients are to be differentiated themselves, or there are many at once (vmap)
+        again = torch.is_grad_enabled()
+        if again or torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad):
             inputs = (x, weight_dw, bias_dw, weight_pw, bias_pw, *(dw or (None,) * 2)[:2], *(pw or (None,) * 2)[:2])
-            y = reference.ulsam(x, weight_dw, bias_dw, dw, weight_pw, bias_pw, pw, map_scale)
-            return *_gradients(y, inputs, grad, create_graph=True), None, None, None
+            with torch.enable_grad():
+                y = reference.ulsam(x, weight_dw, bias_dw, dw, weight_pw, bias_pw, pw, map_scale)
+            return *_gradients(y, inputs, grad, create_graph=again), None, None, None
 
         # of the maps, a g / C of x: as autograd has it
         with torch.enable_grad():
