@@ -301,6 +301,17 @@ def test_gradients_can_be_differentiated_again():
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-6 * largest
 
 
+def test_many_gradients_can_be_had_at_once():
+    x, params = tensor(2, 4, 3, 4).requires_grad_(), parameters(4, 2)
+    weights = [params[n] for n in WEIGHTS]
+    out = gpu.ulsam(x, *weights[:2], None, *weights[2:], None)
+    grads = tensor(3, *x.shape)
+    (many,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
+    for found, grad in zip(many, grads, strict=True):
+        (expected,) = torch.autograd.grad(out, x, grad, retain_graph=True)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def arguments(x: torch.Tensor, training: bool) -> tuple:
     params = parameters(x.shape[1], 2)
     for name in WEIGHTS + NORMS:

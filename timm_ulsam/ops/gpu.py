@@ -287,7 +287,8 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, *_: None) -> tuple[A
     needed = ctx.needs_input_grad
     if grad_out is None:
         return (None,) * 18
-    if torch.is_grad_enabled():
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad_out) or torch._C._functorch.is_batchedtensor(grad_out)
+    if torch.is_grad_enabled() or batched:
         return _differentiate_again(inputs, ctx.constants, needed, grad_out)
     grad_x, grads_dw, grads_pw = _backward(
         grad_out, inputs[0], z, statistics_dw, statistics_pw, *inputs[1:8], *inputs[9:14], *ctx.constants
@@ -305,15 +306,17 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor | None, *_: None) -> tuple[A
 def _differentiate_again(
     inputs: tuple[Any, ...], constants: tuple[Any, ...], needed: tuple[bool, ...], grad_out: torch.Tensor
 ) -> tuple[Any, ...]:
-    """Gradients that can be differentiated themselves (`create_graph=True`): those of the plain version."""
+    """Gradients that can be differentiated themselves, or of many at once: those of the plain version."""
+    again = torch.is_grad_enabled()
     training_dw, training_pw, eps_dw, eps_pw = constants
     norms = [
         None if inputs[i] is None else Norm(*inputs[i : i + 4], training, 0.0, eps)
         for i, training, eps in ((3, training_dw, eps_dw), (9, training_pw, eps_pw))
     ]
-    out = reference.ulsam(inputs[0], *inputs[1:3], norms[0], *inputs[7:9], norms[1], inputs[13])
+    with torch.enable_grad():
+        out = reference.ulsam(inputs[0], *inputs[1:3], norms[0], *inputs[7:9], norms[1], inputs[13])
     wanted = [i for i in (0, *_PARAMETERS) if inputs[i] is not None and needed[i]]
-    found = torch.autograd.grad(out, [inputs[i] for i in wanted], grad_out, create_graph=True, allow_unused=True)
+    found = torch.autograd.grad(out, [inputs[i] for i in wanted], grad_out, create_graph=again, allow_unused=True)
     gradients: list[torch.Tensor | None] = [None] * 18
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
