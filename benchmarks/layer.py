@@ -149,23 +149,17 @@ def build(
     if mode == "train":
         return _training_case(published.train(), ulsam.train(), x, upstream)
 
-    modules: dict[str, nn.Module] = {"ulsam": ulsam}
-    skipped = {}
-    if hasattr(ulsam, "reparameterize"):
-        modules["ulsam folded"] = copy.deepcopy(ulsam)
-        modules["ulsam folded"].reparameterize()
-    else:
-        skipped["ulsam folded"] = "the layer has no reparameterize()"
+    modules: dict[str, nn.Module] = {"ulsam": ulsam, "ulsam folded": copy.deepcopy(ulsam)}
+    modules["ulsam folded"].reparameterize()
     if mode == "compile":
         torch.compiler.reset()
         modules = {f"{name} compiled": torch.compile(module, fullgraph=True) for name, module in modules.items()}
-        skipped = {f"{name} compiled": reason for name, reason in skipped.items()}
         modules["published compiled"] = torch.compile(published, fullgraph=True)
     check(published, modules, x)
     contenders = {"published": partial(published, x)}
     contenders |= {name: partial(module, x) for name, module in modules.items()}
     contenders["copy"] = x.clone
-    return Case(contenders, torch.inference_mode, skipped=skipped)
+    return Case(contenders, torch.inference_mode)
 
 
 def _training_case(published: Published, ulsam: ULSAM, x: torch.Tensor, upstream: torch.Tensor) -> Case:

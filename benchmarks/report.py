@@ -196,6 +196,7 @@ def _layer_table(views: dict[str, _View], device: str) -> str:
             (
                 view.what(),
                 *view.times("published", ours),
+                *(view.times("published compiled") if mode == "compile" else [""]),
                 view.figure(ours, "published", "faster", spread=True),
                 view.figure(folded, "published", "faster"),
                 beside.figure(ours, "published", "faster") if beside else "",
@@ -203,7 +204,8 @@ def _layer_table(views: dict[str, _View], device: str) -> str:
                 "; ".join(asked),
             )
         )
-    head = ("work", "published, ms", "ULSAM, ms", "faster", "folded", "channels_last", "to a copy", "goals")
+    head = ("work", "published, ms", "ULSAM, ms", "published compiled, ms", "faster", "folded", "channels_last")
+    head = (*head, "to a copy", "goals")
     return _markdown_table(head, lines)
 
 

@@ -62,10 +62,9 @@ class Comparison:
 
     def figure(self, samples: Mapping[str, list[float]]) -> Figure:
         """The figure and its spread, from each contender's quantity in every round."""
-        medians = {name: spread(samples[name]).median for name in self.names()}
         rounds = zip(*(samples[name] for name in self.names()), strict=True)
         single: Spread = spread([self.value(dict(zip(self.names(), values, strict=True))) for values in rounds])
-        return Figure(self.value(medians), single.lower, single.upper)
+        return Figure(single.median, single.lower, single.upper)
 
     def reached(self, value: float) -> bool | None:
         if self.goal is None:

@@ -116,13 +116,13 @@ def test_a_module_that_computes_something_else_is_noticed():
 
 
 def test_a_folded_layer_is_timed_and_checked(monkeypatch):
-    monkeypatch.setattr(ULSAM, "reparameterize", lambda self: None, raising=False)
+    monkeypatch.setattr(ULSAM, "reparameterize", lambda self: None)
     found = runner.run_row(rows.select(rows.all_rows(), [SMALLEST])[0], rows.Options(threads=1, quick=True))
     assert list(found["contenders"]) == ["published", "ulsam", "ulsam folded", "copy"]
     assert found["skipped"] == {}
     assert {c["contender"] for c in found["comparisons"]} == {"ulsam", "ulsam folded"}
 
-    monkeypatch.setattr(ULSAM, "reparameterize", lambda self: nn.init.zeros_(self.conv_pw.weight), raising=False)
+    monkeypatch.setattr(ULSAM, "reparameterize", lambda self: nn.init.zeros_(self.conv_pw.weight))
     found = runner.run_row(rows.select(rows.all_rows(), [SMALLEST])[0], rows.Options(threads=1, quick=True))
     assert found["status"] == "failed"
     assert found["reason"].startswith("output of ulsam folded is")

@@ -106,7 +106,8 @@ def test_cpu_version_without_gradients_is_the_plain_one(training, memory_format,
 
 
 @pytest.mark.parametrize("kind", ["channel slice", "transposed", "expanded"])
-def test_cpu_version_takes_any_strides(kind):
+def test_cpu_version_takes_any_strides(kind, monkeypatch):
+    monkeypatch.setattr(cpu, "_SMALL", 0)
     made = arguments((3, 8, 6, 6), 2, TRAIN)
     wide = torch.randn(3, 16, 6, 6, dtype=torch.float64)
     x = {
@@ -117,7 +118,11 @@ def test_cpu_version_takes_any_strides(kind):
     results = []
     for function in (cpu.ulsam, reference.ulsam):
         args = copy.deepcopy(made) | {"x": x}
-        results.append(function(**(args | {n: Norm(*args[n]) for n in ("norm_dw", "norm_pw")})))
+        norms = {n: Norm(*args[n]) for n in ("norm_dw", "norm_pw")}
+        plain = function(**(args | norms))
+        x = x.detach().requires_grad_()
+        y = function(**(args | norms | {"x": x}))
+        results.append((plain, y, *torch.autograd.grad(y.square().sum(), x)))
     torch.testing.assert_close(*results)
 
 
@@ -187,6 +192,36 @@ def test_a_map_scale_can_be_learned():
     map_scale = torch.ones(3, 1, 1, 1, dtype=torch.float64, requires_grad=True)
     ulsam(**made, map_scale=map_scale).sum().backward()
     assert map_scale.grad.abs().min() > 0
+
+
+def test_the_result_may_be_changed_in_place():
+    layer = ULSAM(8, 2).eval()
+    with torch.no_grad():
+        y = layer(torch.randn(2, 8, 4, 4))
+    factor = torch.ones(8, 1, 1, requires_grad=True)
+    y.mul_(factor).sum().backward()
+    assert factor.grad is not None
+
+
+def test_statistics_may_move_between_an_evaluation_and_its_backward_pass():
+    layer = ULSAM(8, 2)
+    x = torch.randn(2, 8, 4, 4)
+    y = layer.eval()(x)
+    expected = torch.autograd.grad(y.square().sum(), layer.parameters(), retain_graph=True)
+    layer.train()(x)
+    for found, gradient in zip(torch.autograd.grad(y.square().sum(), layer.parameters()), expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+def test_another_default_device_neither_fails_nor_leaves_a_trace():
+    layer, x = ULSAM(8, 2), torch.randn(2, 8, 4, 4)
+    cpu._thread.__dict__.clear()
+    torch.set_default_device("meta")
+    try:
+        layer(x)
+    finally:
+        torch.set_default_device(None)
+    assert layer(x).isfinite().all()
 
 
 # Numerics: what float32 makes of awkward values, against float64.
@@ -381,12 +416,22 @@ def test_a_folded_layer_is_saved_and_loaded():
     layer.reparameterize()
     x = torch.randn(2, 8, 4, 4)
     state = layer.state_dict()
-    assert set(state) == {"conv_dw.weight", "conv_dw.bias", "conv_pw.weight", "conv_pw.bias"}
+    convs = {"conv_dw.weight", "conv_dw.bias", "conv_pw.weight", "conv_pw.bias"}
+    assert set(state) == convs | {"bn_dw.folded", "bn_pw.folded"}
     again = ULSAM(8, 2)
     again.load_state_dict(state)
     assert torch.equal(again(x), layer(x))
     again.load_state_dict(state)  # into a folded one
     assert torch.equal(again(x), layer(x))
+
+
+def test_a_state_dict_of_convolutions_alone_is_refused_and_folds_nothing():
+    layer = ULSAM(8, 2)
+    state = {key: value for key, value in layer.state_dict().items() if key.startswith("conv")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*bn_dw\.weight"):
+        layer.load_state_dict(state)
+    layer.load_state_dict(state, strict=False)
+    assert type(layer.bn_dw) is type(layer.bn_pw) is nn.BatchNorm2d
 
 
 def test_a_state_dict_with_batch_norms_does_not_load_into_a_folded_layer():

@@ -4,14 +4,13 @@ Paper: `ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convoluti
 - https://arxiv.org/abs/2006.15102 (WACV 2020)
 """
 
-import copy
 import re
 from collections.abc import Callable
 from numbers import Integral
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 
 from ..ops import Norm, attend, fold, ulsam
 
@@ -35,18 +34,32 @@ def _is_positive_integer(value: object) -> bool:
 # What `ULSAM` is built of, in order: where each one is of its type and nobody listens to it, the fused function does
 # what calling them does.
 _FUSABLE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
+_PAIRS = (("conv_dw", "bn_dw"), ("conv_pw", "bn_pw"))
 _CONV = ((1, 1), (1, 1), (0, 0))
 _POOL = (3, 1, 1, 1, False, False)
 
 
 def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
     if kind is nn.BatchNorm2d:
-        if type(module) is nn.Identity:
-            return True  # folded
-        if type(module) is kind and (not module.affine or module.momentum is None):
+        if type(module) is Folded:
+            kind = Folded
+        elif type(module) is kind and (not module.affine or module.momentum is None):
             return False
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
     )
 
 
@@ -65,22 +78,27 @@ def _is_pool(pool: nn.MaxPool2d) -> bool:
 
 def _norm_of(bn: nn.Module) -> Norm | None:
     """What the fused function needs of a batch norm; its count of batches moves on as by a call."""
-    if type(bn) is nn.Identity:
+    if type(bn) is Folded:
         return None
-    parameters, buffers = bn._parameters, bn._buffers  # looked up as attributes they would cost as much as the rest
-    if bn.training and bn.track_running_stats:
-        buffers["num_batches_tracked"].add_(1)
-    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-    if bn.training and not bn.track_running_stats:
-        running_mean = running_var = None
-    training = bn.training or running_mean is None
-    return Norm(parameters["weight"], parameters["bias"], running_mean, running_var, training, bn.momentum, bn.eps)
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    running = (bn.running_mean, bn.running_var) if bn.track_running_stats or not bn.training else (None, None)
+    return Norm(bn.weight, bn.bias, *running, bn.training or running[0] is None, bn.momentum, bn.eps)
 
 
 def _is_foldable(bn: nn.Module) -> bool:
     # known by name, two of them being torchvision's and timm's; all of them do the same on running statistics
     known = type(bn).__name__ in ("BatchNorm2d", "SyncBatchNorm", "FrozenBatchNorm2d", "SplitBatchNorm2d")
+    known = known and type(bn).__module__.split(".")[0] in ("torch", "torchvision", "timm")
     return known and bn.weight is not None and bn.running_mean is not None
+
+
+class Folded(nn.Identity):
+    """Stands where a batch norm was before it was folded; its one buffer says so in a state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("folded", torch.tensor(1))
 
 
 class ULSAM(nn.Module):
@@ -169,7 +187,8 @@ class ULSAM(nn.Module):
         if not (
             isinstance(x, torch.Tensor)
             and all(_is_unchanged(module, kind) for module, kind in zip(modules.values(), _FUSABLE, strict=False))
-            and not _has_any_global_hook()
+            and type(self).attention is ULSAM.attention
+            and not _has_global_hooks()
         ):
             return False
         return (
@@ -181,9 +200,8 @@ class ULSAM(nn.Module):
     def _fused(self, x: torch.Tensor, map_scale: torch.Tensor | None) -> torch.Tensor:
         _check_input(x, self.channels)
         conv_dw, bn_dw, _, _, conv_pw, bn_pw, *_ = self._modules.values()
-        dw, pw = conv_dw._parameters, conv_pw._parameters
-        norms = _norm_of(bn_dw), _norm_of(bn_pw)
-        return ulsam(x, dw["weight"], dw["bias"], norms[0], pw["weight"], pw["bias"], norms[1], map_scale)
+        dw, pw = _norm_of(bn_dw), _norm_of(bn_pw)
+        return ulsam(x, conv_dw.weight, conv_dw.bias, dw, conv_pw.weight, conv_pw.bias, pw, map_scale)
 
     def reparameterize(self) -> None:
         """Fold both batch norms into the convolutions, in place, for inference: `--reparam` of timm's scripts.
@@ -192,27 +210,26 @@ class ULSAM(nn.Module):
         nothing, and neither does a first where a norm has no running statistics or is no batch norm, or where a
         convolution was replaced, has hooks, or computes its weight (parametrization, pruning).
         """
-        pairs = (("conv_dw", "bn_dw"), ("conv_pw", "bn_pw"))
-        folded = {}
-        for conv_name, bn_name in pairs:
+        folded = []
+        for conv_name, bn_name in _PAIRS:
             conv, bn = getattr(self, conv_name), getattr(self, bn_name)
-            if not _is_foldable(bn) or not _is_unchanged(conv, nn.Conv2d) or conv.bias is None:
-                continue
-            constants = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-            norm = Norm(*(c.detach().double() for c in constants), False, 0.0, bn.eps)
-            new = copy.deepcopy(conv)
-            weight, bias = fold(conv.weight.detach().double(), conv.bias.detach().double(), norm)
-            new.weight.data = weight.to(conv.weight.dtype)
-            new.bias.data = bias.to(conv.bias.dtype)
-            folded[conv_name], folded[bn_name] = new, nn.Identity()
-        for name, module in folded.items():
-            setattr(self, name, module)
+            if _is_foldable(bn) and _is_unchanged(conv, nn.Conv2d) and conv.bias is not None:
+                exact = [t.detach().cpu().double() for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)]
+                norm = Norm(*exact, False, 0.0, bn.eps)
+                folded.append(
+                    (conv, bn_name, fold(conv.weight.detach().cpu().double(), conv.bias.cpu().double(), norm))
+                )
+        with torch.no_grad():
+            for conv, bn_name, (weight, bias) in folded:
+                conv.weight.copy_(weight)
+                conv.bias.copy_(bias)
+                setattr(self, bn_name, Folded().to(conv.weight.device))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         _convert_published(state_dict, prefix, self.num_splits, errors)
-        names = {key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix)}
-        if {"conv_dw", "conv_pw"} <= names and not names & {"bn_dw", "bn_pw"}:
-            self.reparameterize()  # as the saved layer was
+        for _, bn_name in _PAIRS:
+            if f"{prefix}{bn_name}.folded" in state_dict and type(getattr(self, bn_name)) is not Folded:
+                setattr(self, bn_name, Folded().to(self.conv_dw.weight.device))  # as the saved layer was
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
 
 

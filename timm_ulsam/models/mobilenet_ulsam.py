@@ -71,11 +71,16 @@ class ULSAMBlock(ULSAM):
         # nothing is expanded inside, so every location is the output
         return dict(module="", hook_type="forward", num_chs=self.channels)
 
+    def _is_fusable(self, x: torch.Tensor) -> bool:
+        # what drops each sample's maps may as well drop a factor of them
+        return type(self.drop_path) in (DropPath, nn.Identity) and super()._is_fusable(x)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
             if self._is_fusable(x):
-                drops = self.training and not isinstance(self.drop_path, nn.Identity)
-                return self._fused(x, self.drop_path(x.new_ones(x.shape[0], 1, 1, 1)) if drops else None)
+                drops = type(self.drop_path) is DropPath and self.drop_path.training
+                ones = torch.ones(x.shape[0], 1, 1, 1, dtype=self.conv_dw.weight.dtype, device=x.device)
+                return self._fused(x, self.drop_path(ones) if drops else None)
         return attend(x, self.drop_path(self.attention(x)))
 
 

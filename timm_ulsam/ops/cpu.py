@@ -13,7 +13,7 @@ import torch
 
 from . import reference
 from .fold import fold
-from .reference import Norm, attend, attention, batch_norm
+from .reference import Norm, attention, batch_norm
 
 aten = torch.ops.aten
 _thread = threading.local()
@@ -36,8 +36,8 @@ def ulsam(
 ) -> torch.Tensor:
     """Subspace attention; arguments and result as for `reference.ulsam`.
 
-    Parameters are all float32, or all float64; `x` is of their type, or of half precision beside float32. No gradient
-    is computed for `map_scale`.
+    Parameters are all float32, or all float64; `x` is of their type, or of half precision. No gradient is computed for
+    `map_scale`.
     """
     if torch.is_grad_enabled():
         dw, pw = norm_dw or (None, None), norm_pw or (None, None)
@@ -48,7 +48,7 @@ def ulsam(
         z = _scores_small(x, weight_dw, bias_dw, norm_dw, weight_pw)
     else:
         z, _, _ = _scores(x, weight_dw, bias_dw, norm_dw, weight_pw)
-    return attend(x, _like(x, attention(z, bias_pw, norm_pw, map_scale)))
+    return _attend(x, attention(z, bias_pw, norm_pw, map_scale))
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
@@ -60,10 +60,13 @@ def _like(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else maps
 
 
-def _attend(x: torch.Tensor, maps: torch.Tensor, out: torch.Tensor) -> None:
-    shape = (maps.shape[1], -1)
-    subspaces = x.unflatten(1, shape)
-    torch.addcmul(subspaces, subspaces, maps.to(x.dtype).unsqueeze(2), out=out.unflatten(1, shape))
+def _attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """`reference.attend`, but no view, which nobody could change in place behind a function of autograd."""
+    batch, channels, height, width = x.shape
+    shape = (batch, maps.shape[1], channels // maps.shape[1], height, width)
+    y, subspaces = torch.empty_like(x), x.view(shape)
+    torch.addcmul(subspaces, subspaces, _like(x, maps).to(x.dtype).unsqueeze(2), out=y.view(shape))
+    return y
 
 
 def _parts(x: torch.Tensor, elements: int = 0) -> list[slice]:
@@ -77,12 +80,12 @@ def _workspace(like: torch.Tensor, *sizes: int) -> list[torch.Tensor]:
     """Flat tensors of the given sizes, in memory that this thread keeps and uses again in the next call.
 
     What they hold is undefined. Fresh memory would cost more than what is done with it: the operating system hands it
-    over page by page.
+    over page by page. At most 16 MB of float32 are kept.
     """
     kept = getattr(_thread, "memory", None)
     if kept is None or kept.dtype != like.dtype or kept.numel() < sum(sizes):
         with torch.inference_mode(False):  # or it could be used in inference only
-            kept = torch.empty(sum(sizes), dtype=like.dtype)
+            kept = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
         # whole maps larger than a part are rare, and their memory is given back
         _thread.memory = kept if kept.numel() <= 8 * _PART else None
     return list(kept[: sum(sizes)].split(sizes))
@@ -246,9 +249,8 @@ class _ULSAM(torch.autograd.Function):
         norm_dw = Norm(norm_dw_weight, norm_dw_bias, *dw) if dw else None
         norm_pw = Norm(norm_pw_weight, norm_pw_bias, *pw) if pw else None
         z, mean, var = _scores(x, weight_dw, bias_dw, norm_dw, weight_pw)
-        y = torch.empty_like(x)  # not a view, which nobody could change in place
-        _attend(x, _like(x, attention(z, bias_pw, norm_pw, map_scale)), out=y)
-        norms = [norm and _without_running(norm) for norm in (norm_dw, norm_pw)]
+        y = _attend(x, attention(z, bias_pw, norm_pw, map_scale))
+        norms = [norm and _for_backward(norm) for norm in (norm_dw, norm_pw)]
         tensors = [tensor for norm in norms if norm for tensor in norm[:4]]
         ctx.save_for_backward(x, weight_dw, bias_dw, weight_pw, bias_pw, map_scale, z, mean, var, *tensors)
         ctx.settings = [norm and norm[4:] for norm in norms]
@@ -282,9 +284,11 @@ class _ULSAM(torch.autograd.Function):
         return grad_x, grad_dw, grad_bias_dw, grad_weight_pw, grad_bias_pw, *grad_norm_dw, *grad_pw, None, None, None
 
 
-def _without_running(norm: Norm) -> Norm:
-    # on statistics of the batch they were updated, and must not be again
-    return norm._replace(running_mean=None, running_var=None) if norm.training else norm
+def _for_backward(norm: Norm) -> Norm:
+    if norm.training:  # on statistics of the batch: the running ones were updated, and must not be again
+        return norm._replace(running_mean=None, running_var=None)
+    # copies, for a training step may update them before backward
+    return norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
 
 
 def _gradients(

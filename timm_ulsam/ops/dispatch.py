@@ -1,5 +1,6 @@
 """Which version of ULSAM's arithmetic runs: decided here and nowhere else."""
 
+import functools
 import os
 
 import torch
@@ -14,13 +15,14 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @torch.compiler.assume_constant_result
 def _requested() -> str:
-    kernel = os.environ.get("TIMM_ULSAM_KERNEL", "auto")
+    kernel = os.environ.get("TIMM_ULSAM_KERNEL") or "auto"
     if kernel not in KERNELS:
         raise ValueError(f"TIMM_ULSAM_KERNEL={kernel!r}; accepted: {', '.join(map(repr, KERNELS))}")
     return kernel
 
 
 @torch.compiler.assume_constant_result
+@functools.cache  # what cannot be imported is looked for once
 def _gpu_missing() -> str:
     """Why the Triton kernels cannot be had; empty if they can."""
     try:
@@ -28,6 +30,13 @@ def _gpu_missing() -> str:
     except ImportError as error:
         return str(error)
     return ""
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_kernels(device: int) -> bool:
+    # NVIDIA's from Volta on, as Triton supports them
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def ulsam(
@@ -44,7 +53,7 @@ def ulsam(
 
     The environment variable TIMM_ULSAM_KERNEL forces one: 'reference', the plain version, or 'triton', the kernels for
     GPUs (on other devices only under TRITON_INTERPRET=1). Without it, or with 'auto', kernels run where there is a GPU
-    that has them.
+    that has them. It is read at every call; compiled code keeps what it read when it was compiled.
 
     Raises:
         ValueError: If TIMM_ULSAM_KERNEL names no version.
@@ -52,11 +61,13 @@ def ulsam(
     """
     args = (x, weight_dw, bias_dw, norm_dw, weight_pw, bias_pw, norm_pw, map_scale)
     kernel = _requested()
+    if kernel == "reference":
+        return reference.ulsam(*args)
     if torch.onnx.is_in_onnx_export():
         return onnx.ulsam(*args)
-    if kernel == "reference" or _must_stay_plain(x):
+    if _must_stay_plain(x):
         return reference.ulsam(*args)
-    if kernel == "triton" or (x.is_cuda and not _gpu_missing()):
+    if kernel == "triton" or (x.is_cuda and _has_kernels(x.device.index) and not _gpu_missing()):
         return _on_gpu(*args)
     if torch.compiler.is_compiling():
         return compiled.ulsam(*args)
