@@ -6,7 +6,7 @@ import io
 import pytest
 import timm
 import torch
-from compare import assert_same, cpu_spy, images, make_layer, make_model, plainly, step
+from compare import assert_same, cpu_spy, images, make_layer, make_model, plainly, split_batch_norms, step
 from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
@@ -123,7 +123,7 @@ def test_other_batch_norms_fold_too(kind):
     expected = model(x)
     convert = {
         "SyncBatchNorm": timm.layers.convert_sync_batchnorm,
-        "SplitBatchNorm2d": timm.layers.convert_splitbn_model,
+        "SplitBatchNorm2d": split_batch_norms,
         "FrozenBatchNorm2d": timm.layers.freeze_batch_norm_2d,
     }[kind]
     converted = convert(copy.deepcopy(model)).eval()

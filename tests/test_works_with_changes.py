@@ -4,8 +4,19 @@ import copy
 
 import pytest
 import torch
-from compare import assert_same, cpu_spy, fused_spy, images, make_layer, make_model, plainly, results, step
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm, freeze_batch_norm_2d
+from compare import (
+    assert_same,
+    cpu_spy,
+    fused_spy,
+    images,
+    make_layer,
+    make_model,
+    plainly,
+    results,
+    split_batch_norms,
+    step,
+)
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +44,7 @@ def test_synchronized_batch_norms_are_called_themselves():
 
 def test_split_batch_norms_normalize_each_part_by_itself():
     model, x = make_model(), images(8)
-    converted = convert_splitbn_model(copy.deepcopy(model))
+    converted = split_batch_norms(copy.deepcopy(model))
     with fused_spy() as fused:
         y = converted(x)
     assert fused.call_count == 0
