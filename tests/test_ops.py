@@ -213,6 +213,16 @@ def test_statistics_may_move_between_an_evaluation_and_its_backward_pass():
         torch.testing.assert_close(found, gradient)
 
 
+def test_parameters_may_be_plain_tensors_as_shards_and_replicas_have_them():
+    layer, x = ULSAM(8, 2), torch.randn(2, 8, 4, 4)
+    expected = copy.deepcopy(layer)(x)
+    for module in (layer.conv_dw, layer.bn_dw, layer.conv_pw, layer.bn_pw):
+        for name, parameter in list(module.named_parameters()):
+            delattr(module, name)
+            setattr(module, name, parameter * 1.0)
+    assert torch.equal(layer(x), expected)
+
+
 def test_another_default_device_neither_fails_nor_leaves_a_trace():
     layer, x = ULSAM(8, 2), torch.randn(2, 8, 4, 4)
     cpu._thread.__dict__.clear()

@@ -67,7 +67,7 @@ def _is_conv(conv: nn.Conv2d, channels: int) -> bool:
     return (
         conv.groups == conv.out_channels == channels
         and (conv.kernel_size, conv.stride, conv.padding) == _CONV
-        and conv._parameters["bias"] is not None
+        and conv.bias is not None
     )
 
 
@@ -214,11 +214,9 @@ class ULSAM(nn.Module):
         for conv_name, bn_name in _PAIRS:
             conv, bn = getattr(self, conv_name), getattr(self, bn_name)
             if _is_foldable(bn) and _is_unchanged(conv, nn.Conv2d) and conv.bias is not None:
-                exact = [t.detach().cpu().double() for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)]
-                norm = Norm(*exact, False, 0.0, bn.eps)
-                folded.append(
-                    (conv, bn_name, fold(conv.weight.detach().cpu().double(), conv.bias.cpu().double(), norm))
-                )
+                tensors = conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
+                weight, bias, *norm = (t.detach().cpu().double() for t in tensors)
+                folded.append((conv, bn_name, fold(weight, bias, Norm(*norm, False, 0.0, bn.eps))))
         with torch.no_grad():
             for conv, bn_name, (weight, bias) in folded:
                 conv.weight.copy_(weight)

@@ -78,9 +78,11 @@ class ULSAMBlock(ULSAM):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
             if self._is_fusable(x):
-                drops = type(self.drop_path) is DropPath and self.drop_path.training
-                ones = torch.ones(x.shape[0], 1, 1, 1, dtype=self.conv_dw.weight.dtype, device=x.device)
-                return self._fused(x, self.drop_path(ones) if drops else None)
+                map_scale = None
+                if type(self.drop_path) is DropPath and self.drop_path.training:
+                    ones = torch.ones(x.shape[0], 1, 1, 1, dtype=self.conv_dw.weight.dtype, device=x.device)
+                    map_scale = self.drop_path(ones)
+                return self._fused(x, map_scale)
         return attend(x, self.drop_path(self.attention(x)))
 
 
