@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds, checks and times everything that needs a GPU, in one call of some minutes:
+# Builds, checks and times everything that needs a GPU, in one call:
 #   benchmarks/gpu.sh [OUTPUT.json]
 # Needs a GPU, and torch, triton, timm, safetensors, wrapt and pytest already installed, or on PYTHONPATH; takes nothing
 # from the network.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .fold import fold
-from .reference import Norm, attend, attention, batch_norm
+from .reference import Norm, attend, attention, batch_norm, is_channels_last
 
 
 def ulsam(
@@ -26,7 +26,7 @@ def ulsam(
         norm_dw = None
     y = x.to(weight_dw.dtype) * weight_dw.view(1, -1, 1, 1) + bias_dw.view(1, -1, 1, 1)
     y = batch_norm(y, norm_dw).relu()
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = is_channels_last(x)
     if x.device.type != "cpu" or (torch.is_grad_enabled() and y.requires_grad):
         y = F.max_pool2d(y, 3, stride=1, padding=1)
         z = (y.permute(0, 2, 3, 1).unflatten(-1, weight_pw.shape[:2]) * weight_pw.flatten(1)).sum(-1)

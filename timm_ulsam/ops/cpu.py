@@ -13,12 +13,12 @@ import torch
 
 from . import reference
 from .fold import fold
-from .reference import Norm, attention, batch_norm
+from .reference import Norm, attention, batch_norm, is_channels_last
 
 aten = torch.ops.aten
 _thread = threading.local()
 
-# Elements of x in one part of the batch, found by measurement (python -m benchmarks).
+# Elements of x in one part of the batch: the best of the powers of two from 2^15 to 2^20 that were tried.
 _PART = 1 << 19
 # Elements of x up to which the number of operators weighs more than the passes over the data.
 _SMALL = 1 << 17
@@ -51,13 +51,9 @@ def ulsam(
     return _attend(x, attention(z, bias_pw, norm_pw, map_scale))
 
 
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
 def _like(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     # maps are g / C of x: cheaper to lay out anew than to read across
-    return maps.contiguous(memory_format=torch.channels_last) if _is_channels_last(x) else maps
+    return maps.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else maps
 
 
 def _attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -94,7 +90,7 @@ def _workspace(like: torch.Tensor, *sizes: int) -> list[torch.Tensor]:
 def _buffer_like(x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """The beginning of `memory` in shape and memory format of `x`."""
     memory = memory.view(-1)[: x.numel()]
-    if not _is_channels_last(x):
+    if not is_channels_last(x):
         return memory.view(x.shape)
     batch, channels, height, width = x.shape
     return memory.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -141,7 +137,7 @@ def _scores(
             norm.running_mean.lerp_(weight * mean + bias_dw, norm.momentum)
             norm.running_var.lerp_(weight.square() * var * (count / (count - 1)), norm.momentum)
     scale, shift = _fold(weight, bias_dw, norm, mean, var)
-    if _is_channels_last(x):
+    if is_channels_last(x):
         return _scores_channels_last(x, scale, shift, weight_pw.flatten(1)), mean, var
     return _scores_contiguous(x.contiguous(), scale, shift, weight_pw.flatten(1)), mean, var
 

@@ -358,20 +358,7 @@ def ulsam(
     """Subspace attention, as `reference.ulsam`, in one to four kernels forward and three backward.
 
     float64, empty batches, samples of 2**31 elements or more, maps of which the scale needs a gradient, and gradients
-    of gradients are left to the plain version.
-
-    Args:
-        x: Input, (N, C, H, W).
-        weight_dw: Weight of the 1x1 depthwise convolution, (C, 1, 1, 1).
-        bias_dw: Its bias, (C,).
-        norm_dw: Batch norm behind it, over C channels.
-        weight_pw: Weight of the 1x1 convolution from each of g subspaces to one channel, (g, C / g, 1, 1).
-        bias_pw: Its bias, (g,).
-        norm_pw: Batch norm behind it, over g channels.
-        map_scale: Factor of each sample's maps, (N, 1, 1, 1): stochastic depth.
-
-    Returns:
-        (N, C, H, W), in the dtype and memory format of `x`.
+    of gradients are left to the plain version. Arguments and result as for `reference.ulsam`.
 
     Raises:
         ValueError: If a batch norm is to use the statistics of a single value for each channel.

@@ -32,6 +32,11 @@ class Norm(NamedTuple):
     eps: float
 
 
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether (N, C, H, W) lies channels last, and not contiguous as well."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def batch_norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     """Batch norm of (N, C, H, W) over N, H and W; `x` itself if there is none, as in a folded layer."""
     if norm is None:
