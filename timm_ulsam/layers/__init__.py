@@ -1,5 +1,6 @@
-"""Drop-in layers, one system a file."""
+"""Drop-in layers, one system a file, and what puts them into a model."""
 
+from .replace import replace_convs
 from .ulsam import ULSAM
 
-__all__ = ["ULSAM"]
+__all__ = ["ULSAM", "replace_convs"]

@@ -6,30 +6,20 @@ Paper: `ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convoluti
 
 import re
 from collections.abc import Callable
-from numbers import Integral
 
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ..ops import Norm, attend, fold, ulsam
+from ._checks import check_input, check_positive, divisors, is_positive
 
 # Published state dicts hold one small module per subspace. Their names, and ours.
 _PUBLISHED_KEY = re.compile(r"subspaces\.(\d+)\.(conv_dws|bn_dws|conv_point|bn_point)\.(\w+)")
 _PUBLISHED_MODULES = {"conv_dws": "conv_dw", "bn_dws": "bn_dw", "conv_point": "conv_pw", "bn_point": "bn_pw"}
 
 
-@torch.fx.wrap
-def _check_input(x: torch.Tensor, channels: int) -> None:
-    if torch.jit.is_tracing():
-        return  # shapes are traced values there, a comparison would only warn
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f"input x of shape {list(x.shape)}: accepted is (N, {channels}, H, W)")
-
-
-def _is_positive_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
-
+torch.fx.wrap("check_input")
 
 # What `ULSAM` is built of, in order: where each one is of its type and nobody listens to it, the fused function does
 # what calling them does.
@@ -147,11 +137,10 @@ class ULSAM(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if not _is_positive_integer(channels):
-            raise ValueError(f"channels={channels!r} is not a positive integer")
-        if not _is_positive_integer(num_splits) or channels % num_splits != 0:
-            divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-            raise ValueError(f"num_splits={num_splits!r} does not divide channels={channels}; accepted: {divisors}")
+        check_positive(channels=channels)
+        if not is_positive(num_splits) or channels % num_splits != 0:
+            accepted = divisors(channels)
+            raise ValueError(f"num_splits={num_splits!r} does not divide channels={channels}; accepted: {accepted}")
         self.channels = channels
         self.num_splits = num_splits
         self.conv_dw = nn.Conv2d(channels, channels, 1, groups=channels, **dd)
@@ -170,7 +159,7 @@ class ULSAM(nn.Module):
 
         Shape: (N, channels, H, W) to (N, num_splits, H, W); every map is positive and sums to 1.
         """
-        _check_input(x, self.channels)
+        check_input(x, self.channels)
         y = self.pool(self.act_dw(self.bn_dw(self.conv_dw(x))))
         y = self.act_pw(self.bn_pw(self.conv_pw(y)))
         return y.flatten(2).softmax(dim=-1).reshape(y.shape)
@@ -198,7 +187,7 @@ class ULSAM(nn.Module):
         )
 
     def _fused(self, x: torch.Tensor, map_scale: torch.Tensor | None) -> torch.Tensor:
-        _check_input(x, self.channels)
+        check_input(x, self.channels)
         conv_dw, bn_dw, _, _, conv_pw, bn_pw, *_ = self._modules.values()
         dw, pw = _norm_of(bn_dw), _norm_of(bn_pw)
         return ulsam(x, conv_dw.weight, conv_dw.bias, dw, conv_pw.weight, conv_pw.bias, pw, map_scale)

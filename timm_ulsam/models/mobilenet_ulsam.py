@@ -15,16 +15,13 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerType, get_norm_layer
 from timm.models import (
     EfficientNet,
     EfficientNetFeatures,
     FeatureHooks,
-    build_model_with_cfg,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from timm.models._builder import pretrained_cfg_for_features
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
@@ -32,7 +29,8 @@ from torch import nn
 
 from ..layers.ulsam import ULSAM
 from ..ops import attend
-from ..pretrained import checked_cfg, weights_cfg
+from ..pretrained import weights_cfg
+from ._build import build_model, imagenet_cfg
 
 __all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
 
@@ -206,21 +204,13 @@ class MobileNetULSAMFeatures(EfficientNetFeatures):
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "conv_stem",
-        "classifier": "classifier",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2006.15102",
-        "paper_name": "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
+    return imagenet_cfg(
+        first_conv="conv_stem",
+        classifier="classifier",
+        paper_ids="arXiv:2006.15102",
+        paper_name="ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -260,18 +250,10 @@ def _create_mobilenet_ulsam(
         model_cls = MobileNetULSAMFeatures
         kwargs_filter = ("num_classes", "num_features", "global_pool")
         pretrained_strict = False  # the head is not there
-    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    if overlay.get("url") or overlay.get("hf_hub_id"):
-        # timm takes a file first, then the Hub, then a URL: ours must not stand before what the caller names
-        overlay = {"file": None, "hf_hub_id": None, **overlay}
-    cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
-    if pretrained:
-        cfg = checked_cfg(cfg, kwargs.get("cache_dir"))
-    model = build_model_with_cfg(
+    model = build_model(
         model_cls,
         variant,
         pretrained,
-        pretrained_cfg=cfg.to_dict(),
         pretrained_strict=pretrained_strict,
         kwargs_filter=kwargs_filter,
         features_only=features_only and not features_cls,
