@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .report import listing, markdown, table
+from .report import listing, markdown, systems_markdown, table
 from .rows import Options, Row, all_rows, select
 from .run import RESULTS, Result, read, report, run, show_progress, write
 
@@ -20,10 +20,11 @@ class UsageError(Exception):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure ULSAM beside the published module, a copy, and whole models. Every row that this machine "
-        "can measure is measured; contenders are checked to agree, then timed alternately. A complete run writes "
-        "benchmarks/results/cpu.json, and gpu.json where there is a GPU; a shortened one writes nothing without "
-        "--output.",
+        description="Measure ULSAM beside the published module, a copy, and whole models, and the models of the other "
+        "systems beside the same networks without them. Every row that this machine can measure is measured; "
+        "contenders are checked to agree, then timed alternately. A complete run writes benchmarks/results/cpu.json "
+        "and cpu-systems.json, and gpu.json where there is a GPU; of rows that are only a part of such a file "
+        "nothing is written without --output.",
         epilog="example: python -m benchmarks --quick --only 'cpu/layer/infer' --output /tmp/layer.json",
     )
     verbs = parser.add_mutually_exclusive_group()
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="FILE.json",
-        help="print the README's performance section made from results, measure nothing",
+        help="print the sections of the README and of docs/systems.md made from results, measure nothing",
     )
     parser.add_argument("--quick", action="store_true", help="few rounds and small batches, to see that it works")
     parser.add_argument(
@@ -56,23 +57,28 @@ def _rows(patterns: Sequence[str] | None) -> list[Row]:
     return rows
 
 
+def _file(row_id: str) -> str:
+    """Where a row's result belongs; what cannot be measured for want of a GPU stands beside what can."""
+    device, kind = row_id.split("/")[:2]
+    device = device if torch.cuda.is_available() else "cpu"
+    return f"{device}-systems.json" if kind == "system" else f"{device}.json"
+
+
 def _files(results: list[Result], args: argparse.Namespace) -> dict[Path, list[Result]]:
-    """Where results go, and which of them."""
+    """Where results go, and which of them: those of rows of which some are missing go nowhere by themselves."""
     if args.output is not None:
         return {args.output: results}
-    if args.quick or args.only:
-        return {}
-    # what cannot be measured for want of a GPU stands beside what can, and no file of a GPU is touched
-    gpu = [r for r in results if r["device"] == "gpu" and torch.cuda.is_available()]
-    cpu = [r for r in results if r not in gpu]
-    return {RESULTS / f"{name}.json": part for name, part in (("cpu", cpu), ("gpu", gpu)) if part}
+    files: dict[str, list[Result]] = {}
+    for result in results:
+        files.setdefault(_file(result["id"]), []).append(result)
+    return {RESULTS / name: part for name, part in files.items() if _complete(part, args)}
 
 
 def _complete(part: list[Result], args: argparse.Namespace) -> bool:
-    ids = {result["id"] for result in part if result["status"] != "failed"}
-    devices = {result["device"] for result in part if result["status"] == "measured"}
-    every = {row.id for row in all_rows() if row.device in devices}
-    return not args.quick and bool(devices) and every <= ids
+    found = {result["id"] for result in part if result["status"] != "failed"}
+    measured = {(result["device"], _file(result["id"])) for result in part if result["status"] == "measured"}
+    every = {row.id for row in all_rows() if (row.device, _file(row.id)) in measured}
+    return not args.quick and bool(measured) and every <= found
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -112,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.list:
             print(listing(_rows(args.only)))
         elif args.markdown is not None:
-            print(markdown(all_rows(), [read(path) for path in args.markdown]))
+            rows, reports = all_rows(), [read(path) for path in args.markdown]
+            print(f"{markdown(rows, reports)}\n\n{systems_markdown(rows, reports)}")
         else:
             return _measure(args)
     except (UsageError, OSError, ValueError) as error:

@@ -58,7 +58,7 @@ def models() -> dict[str, nn.Module]:
     return {name: model.eval() for name, model in ((PLAIN, plain), (OURS, ours), (LIMIT, limit))}
 
 
-def _agree(name: str, found: torch.Tensor, expected: torch.Tensor, device: str) -> None:
+def agree(name: str, found: torch.Tensor, expected: torch.Tensor, device: str) -> None:
     error = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
     allowed = _TOLERANCE[device]
     if not error <= allowed:  # NaN is no agreement either
@@ -90,13 +90,13 @@ def _amp(device: str) -> AbstractContextManager:
     return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
 
 
-def _forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     # entered and left with every batch, as timm's scripts do: weights are cast anew each time
     with _amp(x.device.type):
         return model(x)
 
 
-class _TrainingStep:
+class TrainingStep:
     """Forward, backward and SGD step on one batch."""
 
     def __init__(self, model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> None:
@@ -141,18 +141,18 @@ def build(options: Options, *, how: How, device: str, batch: int, channels_last:
         target = torch.randint(_CLASSES, (batch,), generator=generator).to(device)
         with _plainly():
             expected = _stem_gradient(nets[OURS], x, target)
-        _agree(f"the gradient of {OURS}", _stem_gradient(nets[OURS], x, target), expected, device)
-        steps: dict[str, Run] = {name: _TrainingStep(model, x, target) for name, model in nets.items()}
+        agree(f"the gradient of {OURS}", _stem_gradient(nets[OURS], x, target), expected, device)
+        steps: dict[str, Run] = {name: TrainingStep(model, x, target) for name, model in nets.items()}
         memory = {name: {"peak_bytes": peak_bytes(step)} for name, step in steps.items()} if x.is_cuda else {}
         return Case(steps, memory=memory, note=note)
 
     nets[FOLDED] = reparameterize_model(nets[OURS]).eval()
-    contenders: dict[str, Run] = {name: partial(_forward, model, x) for name, model in nets.items()}
+    contenders: dict[str, Run] = {name: partial(forward, model, x) for name, model in nets.items()}
     with torch.inference_mode():
         with _plainly():
             expected = {name: run() for name, run in contenders.items()}
         for name in (OURS, FOLDED):
-            _agree(name, contenders[name](), expected[OURS], device)
+            agree(name, contenders[name](), expected[OURS], device)
     if how == "compile":
         torch.compiler.reset()
         contenders = {name: partial(torch.compile(model), x) for name, model in nets.items()}
@@ -161,7 +161,7 @@ def build(options: Options, *, how: How, device: str, batch: int, channels_last:
     if how != "infer":
         with torch.inference_mode():
             for name, run in contenders.items():
-                _agree(f"{name}, {_WORDS[how]}", run(), expected[name], device)
+                agree(f"{name}, {_WORDS[how]}", run(), expected[name], device)
     return Case(contenders, torch.inference_mode, note=note)
 
 

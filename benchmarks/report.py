@@ -8,8 +8,11 @@ from typing import Any
 
 from .model import FOLDED, LIMIT, OURS, PLAIN
 from .rows import Comparison, Row
+from .systems import FOLDED as SYSTEM_FOLDED
+from .systems import WITH, WITHOUT
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+SYSTEMS_BEGIN, SYSTEMS_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 Result = dict[str, Any]
 
@@ -257,6 +260,45 @@ def _machine(report: Result, device: str) -> str:
     return text
 
 
+def _system_table(views: Sequence[_View]) -> str:
+    head = ("CPU, ms", "without", "with", "folded", "with, beside without", "folded, beside without", "goal")
+    lines = []
+    for view in views:
+        times = dict.fromkeys((WITHOUT, WITH, SYSTEM_FOLDED), "")
+        if view.measured:
+            times |= {name: _milliseconds(c) for name, c in view.result["contenders"].items()}
+        else:
+            times[WITHOUT] = view.result["status"]
+        folded = (SYSTEM_FOLDED, WITHOUT, "times")
+        lines.append(
+            (
+                view.what(),
+                *times.values(),
+                view.figure(WITH, WITHOUT, "times", spread=True),
+                view.figure(*folded, spread=True),
+                view.goal(*folded),
+            )
+        )
+    return _markdown_table(head, lines)
+
+
+def _views(rows: Sequence[Row], reports: Sequence[Result]) -> tuple[list[_View], dict[str, str]]:
+    """Rows with what was measured of them, and by device where that was; the first of two measurements counts."""
+    results: dict[str, Result] = {}
+    machines: dict[str, str] = {}
+    wanted = {row.id for row in rows}
+    for report in reports:
+        for result in report["rows"]:
+            if result["id"] not in wanted:
+                continue
+            known = results.get(result["id"])
+            if known is None or (known["status"] != "measured" and result["status"] == "measured"):
+                results[result["id"]] = result
+            if result["status"] == "measured":
+                machines.setdefault(result["device"], _machine(report, result["device"]))
+    return [_View(row, results.get(row.id)) for row in rows], machines
+
+
 def markdown(rows: Sequence[Row], reports: Sequence[Result]) -> str:
     """The performance section of the README, between its markers.
 
@@ -264,16 +306,8 @@ def markdown(rows: Sequence[Row], reports: Sequence[Result]) -> str:
         rows: All rows, in order; those that no report measured stand as such.
         reports: What `run.report` made and `run.read` read; of two measurements of one row the first counts.
     """
-    results: dict[str, Result] = {}
-    machines: dict[str, str] = {}
-    for report in reports:
-        for result in report["rows"]:
-            known = results.get(result["id"])
-            if known is None or (known["status"] != "measured" and result["status"] == "measured"):
-                results[result["id"]] = result
-            if result["status"] == "measured":
-                machines.setdefault(result["device"], _machine(report, result["device"]))
-    views = {row.id: _View(row, results.get(row.id)) for row in rows}
+    found, machines = _views([row for row in rows if "/system/" not in row.id], reports)
+    views = {view.row.id: view for view in found}
     parts = [BEGIN]
     for device, name in (("cpu", "CPU"), ("gpu", "GPU")):
         where = machines.get(device, "not measured")
@@ -281,3 +315,10 @@ def markdown(rows: Sequence[Row], reports: Sequence[Result]) -> str:
         parts.append(_layer_table(views, device))
     parts += ["Memory:", _memory_table(views), "The model:"]
     return "\n\n".join([*parts, _model_table(views, "cpu"), _model_table(views, "gpu"), END])
+
+
+def systems_markdown(rows: Sequence[Row], reports: Sequence[Result]) -> str:
+    """The section of docs/systems.md on speed, between its markers; for the arguments see `markdown`."""
+    views, machines = _views([row for row in rows if "/system/" in row.id], reports)
+    where = textwrap.fill(f"Measured on a CPU ({machines.get('cpu', 'not measured')}):", 120, break_on_hyphens=False)
+    return "\n\n".join([SYSTEMS_BEGIN, where, _system_table(views), SYSTEMS_END])

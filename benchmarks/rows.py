@@ -149,10 +149,10 @@ def _missing(need: str) -> str | None:
 
 def all_rows() -> list[Row]:
     """Every row there is, in the order of the report."""
-    from . import layer, model
+    from . import layer, model, systems
 
     # what is compiled comes last: eager training rows after it in one process were a fifth or more less ahead
-    return sorted([*layer.rows(), *model.rows()], key=lambda row: "/compile/" in row.id)
+    return sorted([*layer.rows(), *model.rows(), *systems.rows()], key=lambda row: "/compile/" in row.id)
 
 
 def select(rows: Iterable[Row], patterns: Iterable[str]) -> list[Row]:

@@ -36,6 +36,26 @@ def test_list_json(capsys):
     assert zoo["mobilenetv2_ulsam"]["weights"]["tin200"] > 25
 
 
+def test_list_of_one_system(capsys):
+    code, out, _ = run(capsys, "list", "--system", "ulsam", "--json")
+    assert code == 0
+    assert {entry["system"] for entry in json.loads(out)} == {"ulsam"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--system", "senet"], "unknown system 'senet'; accepted: ulsam, sa, smt, doconv"),
+        (["--systems", "--system", "ulsam"], "not with --json or --system"),
+        (["--systems", "--json"], "not with --json or --system"),
+    ],
+)
+def test_list_refuses_what_it_does_not_know(arguments, message, capsys):
+    code, out, err = run(capsys, "list", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
 def test_demo_names_what_is_in_the_photographs_and_draws_where_it_looked(capsys, tmp_path):
     pytest.importorskip("skimage")
     pytest.importorskip("matplotlib")

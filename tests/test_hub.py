@@ -7,6 +7,7 @@ from importlib.metadata import requires
 import pytest
 from conftest import REPO
 
+from timm_ulsam.systems import SYSTEMS, image_size, system_of
 from timm_ulsam.zoo import model_names
 
 REFERENCE = "timm-ulsam/timm-ulsam:main"
@@ -33,13 +34,23 @@ def test_lists_every_model_of_the_zoo(hub):
     assert sorted(listed) == sorted(model_names())
 
 
-@pytest.mark.parametrize("name", model_names())
-def test_help_and_load(name, hub):
+def test_help_names_the_paper_of_every_model(hub):
+    papers = {name: system_of(name).papers for name in model_names()}
     code = f"""
-assert 'ULSAM' in torch.hub.help(REPO, {name!r}, skip_validation=True, trust_repo=True)
+for name, papers in {papers!r}.items():
+    found = torch.hub.help(REPO, name, skip_validation=True, trust_repo=True)
+    assert any(paper in found for paper in papers), (name, found)
+"""
+    hub(code)
+
+
+@pytest.mark.parametrize("name", [*SYSTEMS[0].models, *(next(iter(s.models)) for s in SYSTEMS[1:])])
+def test_loads_from_the_hub_and_from_a_clone(name, hub):
+    size = image_size(name) if "repmlp" in name else 32
+    code = f"""
 torch.hub.load(REPO, {name!r}, num_classes=10, **cached)
 model = torch.hub.load(DIR, {name!r}, source='local', num_classes=10, in_chans=1).eval()
-assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+assert model(torch.randn(2, 1, {size}, {size})).shape == (2, 10)
 """
     hub(code)
 

@@ -20,12 +20,15 @@ def _parser() -> argparse.ArgumentParser:
     zoo = verbs.add_parser(
         "list",
         help="list the models, their cost and their weights",
-        description="List the models: parameters and multiply-adds at 224x224 with 1000 classes, weights and accuracy.",
-        epilog="example: timm-ulsam list --json",
+        description="List the models: system, parameters and multiply-adds with 1000 classes at this image size, "
+        "weights and accuracy. With --systems: what each system changes in a network and what that costs.",
+        epilog="example: timm-ulsam list --system doconv --json",
     )
+    zoo.add_argument("--system", metavar="KEY", help="only the models of this system")
+    zoo.add_argument("--systems", action="store_true", help="print the tables of docs/systems.md")
     form = zoo.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print the table of the README")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
     zoo.set_defaults(run=_list)
 
     predict = verbs.add_parser(
@@ -44,9 +47,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(args: argparse.Namespace) -> None:
+    from .predict import InputError
+    from .systems import SYSTEMS, costs_table, systems_table
     from .zoo import entries, markdown_table, table_rows
 
-    zoo = entries()
+    if args.systems:
+        if args.json or args.system:
+            raise InputError("--systems prints the tables of all systems; not with --json or --system")
+        print(f"{systems_table()}\n\n{costs_table()}")
+        return
+    keys = [system.key for system in SYSTEMS]
+    if args.system not in (None, *keys):
+        raise InputError(f"unknown system {args.system!r}; accepted: {', '.join(keys)}")
+    zoo = entries(args.system)
     if args.json:
         print(json.dumps([asdict(entry) for entry in zoo], indent=2))
     elif args.markdown:
@@ -54,15 +67,10 @@ def _list(args: argparse.Namespace) -> None:
     else:
         rows = table_rows(zoo)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for name, parameters, macs, weights, top1 in rows:
-            cells = (
-                name.ljust(widths[0]),
-                parameters.rjust(widths[1]),
-                macs.rjust(widths[2]),
-                weights.ljust(widths[3]),
-                top1.rjust(widths[4]),
-            )
-            print("  ".join(cells).rstrip())
+        numbers = ("parameters", "MACs", "px", "top-1")
+        for row in rows:
+            cells = zip(rows[0], row, widths, strict=True)
+            print("  ".join(c.rjust(w) if head in numbers else c.ljust(w) for head, c, w in cells).rstrip())
 
 
 def _predict(args: argparse.Namespace) -> None:
