@@ -25,7 +25,7 @@ def test_layers_are_there_to_import():
 
 
 def test_another_name_is_refused():
-    with pytest.raises(ValueError, match="'resnet50' is no model of this zoo; accepted: .*'smt_tiny'"):
+    with pytest.raises(ValueError, match=r"'resnet50' is no model of this zoo; accepted: .*'smt_tiny'"):
         system_of("resnet50")
 
 

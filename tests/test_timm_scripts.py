@@ -55,29 +55,16 @@ def test_two_processes_on_the_cpu(model, images, tmp_path):
     run("train.py", "--data-dir", images, "--model", model, *options, cwd=tmp_path, launcher=launcher)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_train_resume_and_validate(processes, images, tmp_path):
-    launcher = []
-    if processes > 1:
-        (tmp_path / "on_cpu.py").write_text(ON_CPU)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "on_cpu.py"]
-    options = ["--data-dir", images, "--model", "mobilenetv2_ulsam", "--num-classes", 2, "--device", "cpu"]
-    options += [
-        "--img-size",
-        64,
-        "-b",
-        4,
-        "--workers",
-        1,
-        "--output",
-        tmp_path,
-        "--experiment",
-        "run",
-        "--opt",
-        "adamw",
+def check_training(model: str, size: int, images: Path, tmp_path: Path, start: Sequence[str] = (), launcher=()) -> None:
+    """Train two epochs, resume for a third, validate."""
+    # fmt: off
+    options = [
+        "--data-dir", images, "--model", model, "--num-classes", 2, "--device", "cpu", "--img-size", size, "-b", 4,
+        "--workers", 1, "--output", tmp_path, "--experiment", "run", "--opt", "adamw", "--lr", 1e-3,
+        "--warmup-epochs", 0,
     ]
-    options += ["--lr", 1e-3, "--warmup-epochs", 0]
-    run("train.py", *options, "--pretrained", "--epochs", 2, cwd=tmp_path, launcher=launcher)
+    # fmt: on
+    run("train.py", *options, *start, "--epochs", 2, cwd=tmp_path, launcher=launcher)
     checkpoint = tmp_path / "run" / "last.pth.tar"
     run("train.py", *options, "--epochs", 3, "--resume", checkpoint, cwd=tmp_path, launcher=launcher)
     rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").open()))
@@ -86,11 +73,37 @@ def test_train_resume_and_validate(processes, images, tmp_path):
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     # fmt: off
     out = run(
-        "validate.py", "--data-dir", images, "--split", "validation", "--model", "mobilenetv2_ulsam",
-        "--num-classes", 2, "--checkpoint", checkpoint, "--img-size", 64, "-b", 4, "--device", "cpu", cwd=tmp_path,
+        "validate.py", "--data-dir", images, "--split", "validation", "--model", model, "--num-classes", 2,
+        "--checkpoint", checkpoint, "--img-size", size, "-b", 4, "--device", "cpu", cwd=tmp_path,
     )
     # fmt: on
     assert '"top1"' in out
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_resume_and_validate(processes, images, tmp_path):
+    launcher = []
+    if processes > 1:
+        (tmp_path / "on_cpu.py").write_text(ON_CPU)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "on_cpu.py"]
+    check_training("mobilenetv2_ulsam", 64, images, tmp_path, ["--pretrained"], launcher)
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        ("resnet50_sa", 64),
+        ("smt_tiny", 64),
+        ("mobilenetv2_doconv", 64),
+        ("resnet50_psconv", 64),
+        ("mobilenetv1_dbb", 64),
+        ("repmlpnet_t224", 224),
+        ("resnet50_repmlp", 224),
+        ("shufflenetv2_050_weightnet", 64),
+    ],
+)
+def test_every_system_trains(model, size, images, tmp_path):
+    check_training(model, size, images, tmp_path)
 
 
 def test_model_kwargs_reach_the_constructor(images, tmp_path):
