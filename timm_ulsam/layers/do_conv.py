@@ -27,7 +27,7 @@ def _over_parameterized(w: torch.Tensor, matrix: torch.Tensor, depthwise: bool) 
     if depthwise:  # every matrix has one column to multiply with: cheaper elementwise
         return (matrix * w.reshape(channels, 1, d_mul)).sum(-1).reshape(out, per_group, area)
     columns = w.reshape(-1, channels, d_mul).permute(1, 2, 0)
-    return torch.matmul(matrix, columns).permute(2, 0, 1).reshape(out, per_group, area)
+    return torch.matmul(matrix, columns).permute(2, 0, 1).contiguous().view(out, per_group, area)
 
 
 def compose_kernel(
