@@ -1,5 +1,6 @@
 """Put one kind of convolution in the place of another, in any model."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -44,26 +45,42 @@ def replace_convs(
     Raises:
         ValueError: If a chosen convolution cannot be replaced, or none was. The model is then as it was.
     """
-    new: dict[int, nn.Module] = {}  # by identity: one convolution in two places stays one
-    places = []
+    places: dict[nn.Conv2d, list[str]] = {}  # by identity: one convolution in two places stays one
+    users: Counter[int] = Counter()
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Conv2d or (filter is not None and not filter(name, module)):
+        if type(module) is nn.Conv2d:
+            places.setdefault(module, []).append(name)
+    for module in model.modules():
+        users.update(id(p) for p in module._parameters.values() if p is not None)
+
+    new: dict[str, nn.Module] = {}
+    misfit = None
+    for conv, names in places.items():
+        if filter is not None and not any(filter(name, conv) for name in names):
             continue
-        if id(module) not in new:
-            try:
-                if module._forward_hooks or module._forward_pre_hooks:
-                    raise ValueError("it has hooks, which would be lost; accepted: a convolution without")
-                new[id(module)] = layer.from_conv(module, **kwargs)
-            except ValueError as error:
-                if filter is None:
-                    continue
-                raise ValueError(f"cannot replace {name or 'the model'}: {error}") from error
-        places.append((name, new[id(module)]))
-    if not places:
-        raise ValueError(f"no convolution to replace by {layer.__name__}: accepted is an nn.Conv2d that fits it")
-    for name, replacement in places:
-        if not name:
-            return replacement
+        try:
+            _check_replaceable(conv, users)
+            replacement = layer.from_conv(conv, **kwargs)
+        except ValueError as error:
+            if filter is not None:
+                raise ValueError(f"cannot replace {names[0] or 'the model'}: {error}") from error
+            misfit = misfit or (names[0] or "the model", error)
+        else:
+            new.update(dict.fromkeys(names, replacement))
+    if not new:
+        why = f"; {misfit[0]} does not: {misfit[1]}" if misfit else ""
+        raise ValueError(f"no convolution to replace by {layer.__name__}: accepted is an nn.Conv2d that fits it{why}")
+    if "" in new:
+        return new[""]
+    for name, replacement in new.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
     return model
+
+
+def _check_replaceable(conv: nn.Conv2d, users: Counter[int]) -> None:
+    hooks = conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks
+    if any(hooks):
+        raise ValueError("it has hooks, which would be lost; accepted: a convolution without")
+    if any(users[id(p)] > 1 for p in conv.parameters()):
+        raise ValueError("it shares parameters with another module; accepted: a convolution with its own")

@@ -1,5 +1,12 @@
 """Models by family. Importing this package registers every one of them with timm."""
 
+from .doconv import DOConvEfficientNet, DOConvEfficientNetFeatures, DOConvResNet
 from .mobilenet_ulsam import MobileNetULSAM, MobileNetULSAMFeatures
 
-__all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
+__all__ = [
+    "DOConvEfficientNet",
+    "DOConvEfficientNetFeatures",
+    "DOConvResNet",
+    "MobileNetULSAM",
+    "MobileNetULSAMFeatures",
+]
