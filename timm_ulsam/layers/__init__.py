@@ -1,6 +1,7 @@
 """Drop-in layers, one system a file, and what puts them into a model."""
 
 from .replace import replace_convs
+from .scale_aware_modulation import ScaleAwareModulation
 from .ulsam import ULSAM
 
-__all__ = ["ULSAM", "replace_convs"]
+__all__ = ["ULSAM", "ScaleAwareModulation", "replace_convs"]
