@@ -129,7 +129,7 @@ class SMT(nn.Module):
         self.in_chans = in_chans
 
         self.stem = Stem(in_chans, embed_dims[0], stem_kernel, norm_layer=norm_layer, **dd)
-        self.feature_info: list[dict[str, Any]] = []
+        self.feature_info = []
         rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
         stages = []
         for i, (depth, dim) in enumerate(zip(depths, embed_dims, strict=True)):
