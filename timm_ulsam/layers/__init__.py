@@ -2,6 +2,7 @@
 
 from .do_conv import DOConv2d
 from .replace import replace_convs
+from .scale_aware_modulation import ScaleAwareModulation
 from .ulsam import ULSAM
 
-__all__ = ["ULSAM", "DOConv2d", "replace_convs"]
+__all__ = ["ULSAM", "DOConv2d", "ScaleAwareModulation", "replace_convs"]

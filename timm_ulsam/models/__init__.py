@@ -2,8 +2,10 @@
 
 from .doconv import DOConvEfficientNet, DOConvEfficientNetFeatures, DOConvResNet
 from .mobilenet_ulsam import MobileNetULSAM, MobileNetULSAMFeatures
+from .smt import SMT
 
 __all__ = [
+    "SMT",
     "DOConvEfficientNet",
     "DOConvEfficientNetFeatures",
     "DOConvResNet",
