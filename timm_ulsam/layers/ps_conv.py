@@ -33,6 +33,9 @@ class _ShiftedConv2d(nn.Conv2d):
         self.wholes = wholes
 
     def _swap(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        if self.wholes == 1:  # the same, faster
+            first, second = x.chunk(2, dim)
+            return torch.cat((second, first), dim)
         return x.unflatten(dim, (self.wholes, 2, -1)).flip(dim + 1).flatten(dim, dim + 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +84,18 @@ class _MaskedConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
+class _HalvedConv2d(nn.Conv2d):
+    """A dense convolution of four parts without its masked half: two groups, once the parts are sorted by parity.
+
+    Even row blocks see the odd column blocks, odd row blocks the even ones.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x0, x1, x2, x3 = x.chunk(4, 1)
+        y0, y2, y1, y3 = self._conv_forward(torch.cat((x1, x3, x0, x2), 1), self.weight, self.bias).chunk(4, 1)
+        return torch.cat((y0, y1, y2, y3), 1)
+
+
 class PSConv2d(nn.Module):
     """A 3x3 convolution whose dilation alternates over blocks of input and output channels.
 
@@ -94,7 +109,7 @@ class PSConv2d(nn.Module):
     part of the weights of `conv` unmasked where `groups` differs from `parts`; here all groups have the same mask.
     What is in such a state dict takes part in the output, as there.
 
-    State dicts have the keys of the published code.
+    State dicts have the keys of the published code. `reparameterize()` leaves the zeros out, for inference.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W'), of the size of a 3x3 convolution with padding 1.
 
@@ -202,6 +217,57 @@ class PSConv2d(nn.Module):
                 layer.gwconv.bias.zero_()
                 layer.gwconv_shift.bias.zero_()
         return layer.train(conv.training)
+
+    def reparameterize(self) -> None:
+        """Leave out the zeros of `conv`, in place, for inference: `--reparam` of timm's scripts.
+
+        For four parts in one group, where two thirds of the multiplications do it all. In other layers, or where
+        weights were loaded at masked positions, nothing changes; neither does it by a second call.
+        """
+        conv = self.conv
+        # hooks and computed weights (parametrization, pruning) would be lost
+        is_plain = type(conv) is _MaskedConv2d and "weight" in conv._parameters
+        if not is_plain or conv._forward_hooks or conv._forward_pre_hooks or not self._can_be_halved():
+            return
+        with torch.no_grad():
+            blocks = conv._blocks(conv.weight)
+            if not conv.weight.is_meta and (blocks * conv._mask()).any():
+                return
+            blocks = blocks[0]
+            even, odd = blocks[0::2, :, 1::2], blocks[1::2, :, 0::2]
+            halved = self._halved()
+            halved.weight.copy_(torch.cat((even, odd)).reshape(halved.weight.shape))
+            if conv.bias is not None:
+                halved.bias.copy_(conv.bias.unflatten(0, (2, 2, -1)).transpose(0, 1).flatten())
+        self.conv = halved
+
+    def fold_as(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+        """Take the reparameterized form if the state dict to be loaded, under `prefix`, has it."""
+        weight = state_dict.get(f"{prefix}conv.weight")
+        half = self.out_channels, self.in_channels // 2, *self.kernel_size
+        if weight is not None and tuple(weight.shape) == half and self._can_be_halved():
+            self.conv = self._halved()
+
+    def _can_be_halved(self) -> bool:
+        return self.parts == 4 and self.groups == 1  # grouped convolutions are no faster
+
+    def _halved(self) -> _HalvedConv2d:
+        halved = _HalvedConv2d(
+            self.in_channels,
+            self.out_channels,
+            kernel_size=3,
+            stride=self.stride,
+            padding=1,
+            groups=2,
+            bias=self.conv.bias is not None,
+            device=self.conv.weight.device,
+            dtype=self.conv.weight.dtype,
+        )
+        return halved.train(self.training)
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        self.fold_as(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)

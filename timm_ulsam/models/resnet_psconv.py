@@ -41,17 +41,20 @@ class ResNetPSConv(ResNet):
     def init_weights(self, zero_init_last: bool = True) -> None:
         super().init_weights(zero_init_last=zero_init_last)
         for module in self.modules():
-            if isinstance(module, PSConv2d):
-                module.conv.zero_masked()  # timm draws the weights of every convolution, masked or not
+            if hasattr(module, "zero_masked"):
+                module.zero_masked()  # timm draws the weights of every convolution, masked or not
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The authors' state dict, whose keys are ours.
+    """The authors' state dict, whose keys are ours; of a reparameterized one the model takes the form.
 
     Raises:
         RuntimeError: If it does not fit; names all keys and shapes.
     """
     state_dict = unwrapped(state_dict)
+    for name, module in model.named_modules():
+        if isinstance(module, PSConv2d):
+            module.fold_as(state_dict, f"{name}.")
     adapted = [f"{name}." for name in ("conv1", "fc") if f"{name}.weight" in state_dict or name == "fc"]
     check_fits(state_dict, model, adapted)
     return state_dict
