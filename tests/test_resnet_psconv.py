@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ulsam.layers import PSConv2d
 
-# parameters with the stored zeros (those of PS-ResNet-50 are the published ones) and multiply-adds, then the same of the
-# reparameterized model
+# parameters with the stored zeros (those of PS-ResNet-50 are the published ones) and multiply-adds; then the same of
+# the reparameterized model
 MODELS = {
     "resnet50_psconv": (31_215_656, 5_014_028_288, 25_557_032, 4_089_184_256),
     "resnet101_psconv": (55_221_288, 9_708_896_256, 44_549_160, 7_801_405_440),
