@@ -1,7 +1,9 @@
 """Models by family. Importing this package registers every one of them with timm."""
 
+from . import resnet_sa
 from .doconv import DOConvEfficientNet, DOConvEfficientNetFeatures, DOConvResNet
 from .mobilenet_ulsam import MobileNetULSAM, MobileNetULSAMFeatures
+from .resnet_psconv import ResNetPSConv
 from .smt import SMT
 
 __all__ = [
@@ -11,4 +13,6 @@ __all__ = [
     "DOConvResNet",
     "MobileNetULSAM",
     "MobileNetULSAMFeatures",
+    "ResNetPSConv",
+    "resnet_sa",
 ]
