@@ -14,9 +14,9 @@ from timm_ulsam.layers import ScaleAwareModulation
 from timm_ulsam.models._smt_blocks import SelfAttention
 from timm_ulsam.models.smt import checkpoint_filter_fn
 
-# Parameters and billions of multiply-adds of convolutions and linear layers at 224 px, as published, in both cases
-# https://github.com/AFeng-x/SMT. Its code has 22.55 million parameters with its own configuration of SMT-S, the paper
-# prints 20.5: the last stage's second block is about the difference.
+# Parameters of the published code (https://github.com/AFeng-x/SMT), and billions of multiply-adds at 224 px from its
+# README: those of convolutions and linear layers. With its own configuration of SMT-S that code has 22.55 million
+# parameters where paper and README print 20.5 and 21: one block of the last stage is about the difference.
 COSTS = {
     "smt_tiny": (11_506_536, 11.5, 2.4),
     "smt_small": (22_550_952, 22.6, 4.7),
@@ -268,3 +268,19 @@ def test_a_captured_model_computes_the_same(how):
         "export": lambda: torch.export.export(model, (x,)).module(),
     }[how]()
     torch.testing.assert_close(captured(x), model(x))
+
+
+def test_pruned_models_and_feature_extractors_give_the_stages_of_the_whole_model():
+    torch.manual_seed(0)
+    model, x = small().eval(), torch.randn(1, 3, 64, 64)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    getter, listed = small(features_only=True, feature_cls="getter", out_indices=(1, 2)), small(features_only=True)
+    getter.model.load_state_dict({k: v for k, v in model.state_dict().items() if k.split(".")[1] != "3"}, strict=False)
+    assert [f.shape for f in listed.eval()(x)] == [m.shape for m in maps]
+    assert listed.feature_info.reduction() == [4, 8, 16, 32]
+    for found, expected in zip(getter.eval()(x), maps[1:3], strict=True):
+        torch.testing.assert_close(found, expected)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert len(model.stages) == 2
+    assert model.num_features == 16
+    torch.testing.assert_close(model(x), maps[1])

@@ -105,7 +105,7 @@ class ScaleAwareModulation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.channels)
-        # channels last inside: linear maps take it as it lies, and depthwise convolutions are faster on it
+        # channels last inside: linear maps take it as it lies, and depthwise convolutions train faster on it
         tokens = x.permute(0, 2, 3, 1)
         v = self.v(tokens)
         chunks = self.s(tokens).permute(0, 3, 1, 2).chunk(self.num_heads, 1)
