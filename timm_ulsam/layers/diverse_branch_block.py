@@ -1,0 +1,483 @@
+"""Diverse Branch Block (DBB): a convolution trained as four branches, which fold into one for inference.
+
+Paper: `Diverse Branch Block: Building a Convolution as an Inception-like Unit` - https://arxiv.org/abs/2103.13425
+(CVPR 2021)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import skip_init
+
+from ..ops import Norm, fold
+from ._checks import check_input, check_positive
+from .ulsam import _is_foldable
+
+torch.fx.wrap("check_input")
+
+Kernel = tuple[torch.Tensor, torch.Tensor]  # weight and bias of a convolution, in float64
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # MPS has no float64
+
+
+def _folded(weight: torch.Tensor, bias: torch.Tensor | None, bn: nn.Module) -> Kernel:
+    """One convolution in the place of a convolution (weight and bias in float64) and the batch norm behind it."""
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
+    if isinstance(bn, nn.Identity):
+        return weight, bias
+    tensors = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    return fold(weight, bias, Norm(*map(_double, tensors), False, 0.0, bn.eps))
+
+
+def _folded_conv(conv: nn.Conv2d, kernel: Kernel) -> nn.Conv2d:
+    """A convolution with a bias of the geometry, device, dtype and memory format of `conv`."""
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    dd = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+    new = skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, *geometry, **dd)
+    with torch.no_grad():
+        new.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(kernel[0]))
+        new.bias.copy_(kernel[1])
+    return new.train(conv.training)
+
+
+def _checked_norm(norm_layer: Callable[..., nn.Module], channels: int, **dd: Any) -> nn.Module:
+    bn = norm_layer(channels, **dd)
+    if not _is_foldable(bn):
+        raise ValueError(
+            f"norm_layer={norm_layer!r} makes a {type(bn).__name__}: accepted is a batch norm with weight and running "
+            f"statistics, such as torch.nn.BatchNorm2d"
+        )
+    return bn
+
+
+class ConvBN(nn.Module):
+    """A convolution without bias and a batch norm; after `reparameterize()` one convolution with bias.
+
+    Keys of its state dict: `conv`, `bn`; folded: `conv` alone. A folded state dict loads into an unfolded layer, which
+    then is folded.
+
+    Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Of the convolution.
+        stride: Of the convolution.
+        padding: Of the convolution; None for `dilation * (kernel_size // 2)`.
+        dilation: Of the convolution.
+        groups: Of the convolution.
+        norm_layer: Batch norm, called with a number of channels.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: If a size is no positive integer, `groups` does not divide the channels, or `norm_layer` makes
+            something that does not fold.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        *,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        _check_sizes(in_channels, out_channels, kernel_size, stride, dilation, groups)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        padding = dilation * (kernel_size // 2) if padding is None else padding
+        geometry = kernel_size, stride, padding, dilation, groups
+        self.conv = nn.Conv2d(in_channels, out_channels, *geometry, bias=False, **dd)
+        self.bn = _checked_norm(norm_layer, out_channels, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x))
+
+    def can_fold(self) -> bool:
+        """Whether both parts still are what was built here, or something that computes as they do."""
+        return isinstance(self.conv, nn.Conv2d) and (isinstance(self.bn, nn.Identity) or _is_foldable(self.bn))
+
+    def folded_kernel(self) -> Kernel:
+        """Weight and bias of the equivalent convolution, in float64."""
+        bias = None if self.conv.bias is None else _double(self.conv.bias)
+        return _folded(_double(self.conv.weight), bias, self.bn)
+
+    def reparameterize(self) -> None:
+        """Fold the batch norm into the convolution, in place: `--reparam` of timm's scripts.
+
+        Running statistics become constants, in training mode too. A second call changes nothing, and neither does a
+        first where the norm was replaced by something that does not fold.
+        """
+        if self.can_fold() and not isinstance(self.bn, nn.Identity):
+            self.conv, self.bn = _folded_conv(self.conv, self.folded_kernel()), nn.Identity()
+
+    def fold_as(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+        """Fold if that is the form of the state dict."""
+        if f"{prefix}conv.bias" in state_dict:
+            self.reparameterize()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self.fold_as(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_sizes(in_channels: int, out_channels: int, kernel_size: int, stride: int, dilation: int, groups: int) -> None:
+    check_positive(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+    )
+    if in_channels % groups != 0 or out_channels % groups != 0:
+        raise ValueError(f"groups={groups} does not divide in_channels={in_channels} and out_channels={out_channels}")
+
+
+class IdentityConv2d(nn.Module):
+    """A 1x1 convolution whose weight is stored as an offset from the identity, zero at the start.
+
+    Published weights are such offsets.
+
+    Shape: (N, channels, H, W) to the same.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.zeros(channels, channels // groups, 1, 1, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def full_weight(self) -> torch.Tensor:
+        """The weight with the identity in it, (channels, channels // groups, 1, 1)."""
+        # made anew and no buffer: it would have to be filled again where a model comes from the meta device
+        eye = torch.eye(self.weight.shape[1], device=self.weight.device, dtype=self.weight.dtype)
+        return self.weight + eye.repeat(self.groups, 1)[:, :, None, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.full_weight(), groups=self.groups)
+
+
+class BNAndPad(nn.Module):
+    """Batch norm before a padding with what it makes of zero, given as two summands.
+
+    That border keeps the branch a convolution: of an image padded with zeros, as the folded one sees. It comes from the
+    running statistics in training mode too (those this step has updated), and no gradient flows through it: published
+    weights were trained so.
+
+    The padded map is (output - border), padded with zeros, plus the border everywhere. Next comes something linear,
+    which takes the zeros as its own padding and the constant as a bias: nothing is copied into a larger map.
+
+    Shape: (N, channels, H, W) to the same and (channels,).
+    """
+
+    def __init__(self, bn: nn.Module) -> None:
+        super().__init__()
+        self.bn = bn
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.bn(x)
+        scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
+        border = (self.bn.bias - self.bn.running_mean * scale).detach().to(y.dtype)
+        return y - border[:, None, None], border
+
+
+class AverageBranch(nn.Module):
+    """1x1 convolution, batch norm, average pool, batch norm; a depthwise layer has the last two alone.
+
+    Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        depthwise: bool,
+        norm_layer: Callable[..., nn.Module],
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        self.dilation = conv.dilation[0]
+        self.conv = self.bn = None
+        if not depthwise:
+            self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=conv.groups, bias=False, **dd)
+            self.bn = BNAndPad(norm_layer(conv.out_channels, **dd))
+        self.avgbn = norm_layer(conv.out_channels, **dd)
+
+    def _average(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dilation == 1:
+            return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding)
+        channels, area = x.shape[1], self.kernel_size * self.kernel_size
+        weight = torch.full((channels, 1, self.kernel_size, self.kernel_size), 1 / area, device=x.device, dtype=x.dtype)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv is None or self.bn is None:
+            return self.avgbn(self._average(x))
+        y, border = self.bn(self.conv(x))
+        return self.avgbn(self._average(y) + border[:, None, None])
+
+    def can_fold(self) -> bool:
+        convs, norms = ([], []) if self.conv is None else ([self.conv], [self.bn.bn])
+        return all(isinstance(c, nn.Conv2d) for c in convs) and all(map(_is_foldable, [*norms, self.avgbn]))
+
+    def folded_kernel(self) -> Kernel:
+        if self.conv is None:
+            weight, bias = _double(self.avgbn.weight).new_ones(len(self.avgbn.weight), 1, 1, 1), None
+        else:
+            weight, bias = _folded(_double(self.conv.weight), None, self.bn.bn)
+        size = self.kernel_size
+        return _folded((weight / (size * size)).expand(-1, -1, size, size), bias, self.avgbn)
+
+
+class SequentialBranch(nn.Module):
+    """1x1 convolution, batch norm, k x k convolution, batch norm.
+
+    Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        internal_channels: int,
+        norm_layer: Callable[..., nn.Module],
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        groups = conv.groups
+        self.idconv1 = self.conv1 = None
+        if internal_channels == conv.in_channels:
+            self.idconv1 = IdentityConv2d(internal_channels, groups, **dd)
+        else:
+            self.conv1 = nn.Conv2d(conv.in_channels, internal_channels, 1, groups=groups, bias=False, **dd)
+        self.bn1 = BNAndPad(norm_layer(internal_channels, **dd))
+        geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups
+        self.conv2 = nn.Conv2d(internal_channels, conv.out_channels, *geometry, bias=False, **dd)
+        self.bn2 = norm_layer(conv.out_channels, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.idconv1 is not None:
+            x = self.idconv1(x)
+        elif self.conv1 is not None:
+            x = self.conv1(x)
+        x, border = self.bn1(x)
+        conv = self.conv2
+        of_ones = conv.weight.sum((2, 3)).view(conv.groups, -1, conv.weight.shape[1])
+        bias = (of_ones * border.view(conv.groups, 1, -1)).sum(2).flatten()
+        return self.bn2(F.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+
+    def can_fold(self) -> bool:
+        conv1_fits = isinstance(self.conv1 if self.idconv1 is None else self.idconv1, nn.Conv2d | IdentityConv2d)
+        return conv1_fits and isinstance(self.conv2, nn.Conv2d) and _is_foldable(self.bn1.bn) and _is_foldable(self.bn2)
+
+    def folded_kernel(self) -> Kernel:
+        first = self.conv1.weight if self.idconv1 is None else self.idconv1.full_weight()
+        w1, b1 = _folded(_double(first), None, self.bn1.bn)
+        w2 = _double(self.conv2.weight)
+        groups = self.conv2.groups
+        in_groups = w2.view(groups, -1, *w2.shape[1:])
+        weight = torch.einsum("gomhw,gmi->goihw", in_groups, w1.view(groups, -1, w1.shape[1]))
+        bias = torch.einsum("gomhw,gm->go", in_groups, b1.view(groups, -1))
+        return _folded(weight.flatten(0, 1), bias.flatten(), self.bn2)
+
+
+class DiverseBranchBlock(nn.Module):
+    """A k x k convolution with batch norm, trained as the sum of four branches of different scale and complexity.
+
+    The branches are a k x k convolution, a 1x1 convolution, a 1x1 convolution before an average pool, and a 1x1 before
+    a k x k convolution, each with its batch norms. All are linear in evaluation, so `reparameterize()` (timm's
+    `--reparam`) folds them into one k x k convolution with a bias, `dbb_reparam`. It takes the place of a convolution
+    *and* the batch norm behind it. A depthwise layer has no 1x1 branch, and no 1x1 convolution before the pool.
+
+    Keys of the state dict are the published ones. A folded state dict, published ones too, loads into an unfolded layer,
+    which then is folded; a folded layer trains on.
+
+    Shape: (N, in_channels, H, W) to (N, out_channels, H', W'), those of the k x k convolution.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Odd size of the kernel.
+        stride: Stride of the layer.
+        padding: `dilation * (kernel_size // 2)` or None, which stands for it: branches of other sizes must stay aligned.
+        dilation: Distance of the kernel's elements; the average is taken over the same places. (The published code
+            ignores it.)
+        groups: Groups of all convolutions.
+        internal_channels: Channels between the two convolutions of the last branch, a multiple of `groups`. None for
+            `in_channels`, twice that in a depthwise layer. If it is `in_channels`, the 1x1 convolution is stored as an
+            offset from the identity (`idconv1`).
+        act_layer: Activation of the sum.
+        norm_layer: Batch norm, called with a number of channels.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: If an argument is none of those described, or `groups` does not divide both numbers of channels; in
+            `forward`, if the input is not of shape (N, in_channels, H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        *,
+        internal_channels: int | None = None,
+        act_layer: Callable[[], nn.Module] | None = None,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        _check_sizes(in_channels, out_channels, kernel_size, stride, dilation, groups)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} is even; accepted: odd sizes, whose branches share a centre")
+        centred = dilation * (kernel_size // 2)
+        if padding not in (None, centred):
+            raise ValueError(f"padding={padding!r}; accepted: {centred}, which keeps the branches aligned")
+        depthwise = groups == in_channels == out_channels
+        if internal_channels is None:
+            internal_channels = 2 * in_channels if depthwise else in_channels
+        check_positive(internal_channels=internal_channels)
+        if internal_channels % groups != 0:
+            raise ValueError(f"internal_channels={internal_channels} is not a multiple of groups={groups}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+
+        geometry = kernel_size, stride, centred, dilation, groups
+        self.dbb_reparam = None
+        self.dbb_origin = ConvBN(in_channels, out_channels, *geometry, norm_layer=norm_layer, **dd)
+        self.dbb_avg = AverageBranch(self.dbb_origin.conv, depthwise, norm_layer, **dd)
+        self.dbb_1x1 = None
+        if not depthwise:
+            pointwise = 1, stride, 0, 1, groups
+            self.dbb_1x1 = ConvBN(in_channels, out_channels, *pointwise, norm_layer=norm_layer, **dd)
+        self.dbb_1x1_kxk = SequentialBranch(self.dbb_origin.conv, internal_channels, norm_layer, **dd)
+        self.act = nn.Identity() if act_layer is None else act_layer()
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "DiverseBranchBlock":
+        """A layer in the place of `conv` that gives the same output in evaluation.
+
+        The k x k branch carries the weight and bias: its batch norm starts as the identity of evaluation (mean 0,
+        variance 1). The last batch norm of the other branches starts at weight 0, so that they join by training. In
+        training mode the output is normalized by batch statistics, as of any batch norm, which `conv` did not do: the
+        running statistics follow, and so does evaluation.
+
+        Args:
+            conv: Odd, square kernel, padded by `dilation * (kernel_size // 2)` zeros, equal strides and dilations.
+            **kwargs: `internal_channels`, `act_layer` and `norm_layer`, as for the class.
+
+        Raises:
+            ValueError: If `conv` is another one; names the setting and what is accepted.
+        """
+        layer = cls(**_geometry(conv), device=conv.weight.device, dtype=conv.weight.dtype, **kwargs)
+        layer.init_last_norms(0.0)
+        with torch.no_grad():
+            origin = layer.dbb_origin
+            origin.conv.weight.copy_(conv.weight)
+            origin.bn.weight.copy_((origin.bn.running_var + origin.bn.eps).sqrt())
+            if conv.bias is not None:
+                origin.bn.bias.copy_(conv.bias)
+        return layer.train(conv.training)
+
+    def init_last_norms(self, weight: float, origin: float | None = None) -> None:
+        """Set the weight of the batch norm that ends each branch, of the k x k branch to `origin` if that is given."""
+        if self.dbb_reparam is not None:
+            return
+        norms = [self.dbb_avg.avgbn, self.dbb_1x1_kxk.bn2, *([] if self.dbb_1x1 is None else [self.dbb_1x1.bn])]
+        for bn in norms:
+            nn.init.constant_(bn.weight, weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_input(x, self.in_channels)
+        if self.dbb_reparam is not None:
+            y = self.dbb_reparam(x)
+        else:
+            y = self.dbb_origin(x) + self.dbb_avg(x)
+            if self.dbb_1x1 is not None:
+                y += self.dbb_1x1(x)
+            y += self.dbb_1x1_kxk(x)
+        return self.act(y)
+
+    def reparameterize(self) -> None:
+        """Fold all branches into one convolution, in place: `--reparam` of timm's scripts.
+
+        Computed in float64. Running statistics become constants, in training mode too. A second call changes nothing,
+        and neither does a first where a convolution or norm was replaced by something that does not fold.
+        """
+        branches = [self.dbb_origin, self.dbb_avg, self.dbb_1x1_kxk, *([] if self.dbb_1x1 is None else [self.dbb_1x1])]
+        if self.dbb_reparam is not None or not all(branch.can_fold() for branch in branches):
+            return
+        weight, bias = self.dbb_origin.folded_kernel()
+        centre = (weight.shape[-1] // 2,) * 4
+        for branch in branches[1:]:
+            w, b = branch.folded_kernel()
+            weight = weight + (w if w.shape[-1] == weight.shape[-1] else F.pad(w, centre))
+            bias = bias + b
+        self.dbb_reparam = _folded_conv(self.dbb_origin.conv, (weight, bias))
+        self.dbb_origin = self.dbb_avg = self.dbb_1x1 = self.dbb_1x1_kxk = None
+
+    def fold_as(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+        """Fold if that is the form of the state dict."""
+        if f"{prefix}dbb_reparam.weight" in state_dict:
+            self.reparameterize()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self.fold_as(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _geometry(conv: nn.Conv2d) -> dict[str, int]:
+    """Arguments of a layer in the place of a convolution.
+
+    Raises:
+        ValueError: If no layer can take its place.
+    """
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"padding_mode={conv.padding_mode!r}; accepted: 'zeros'")
+    for name in ("kernel_size", "stride", "dilation"):
+        if len(set(getattr(conv, name))) != 1:
+            raise ValueError(f"{name}={getattr(conv, name)}; accepted: the same in both directions")
+    kernel_size, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+    centred = dilation * (kernel_size // 2)
+    if conv.padding not in ("same", (centred, centred)) and (conv.padding, kernel_size) != ("valid", 1):
+        raise ValueError(f"padding={conv.padding!r}; accepted: {centred}, which keeps the branches aligned")
+    return dict(
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        padding=centred,
+        dilation=dilation,
+        groups=conv.groups,
+    )
