@@ -1,6 +1,7 @@
 """Drop-in layers, one system a file, and what puts them into a model."""
 
-from .diverse_branch_block import ConvBN, DiverseBranchBlock
+from .conv_bn import ConvBN
+from .diverse_branch_block import DiverseBranchBlock
 from .replace import replace_convs
 from .ulsam import ULSAM
 

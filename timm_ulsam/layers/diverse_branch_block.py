@@ -10,144 +10,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import skip_init
 
-from ..ops import Norm, fold
 from ._checks import check_input, check_positive
-from .ulsam import _is_foldable
+from .conv_bn import ConvBN, Kernel, centred_geometry, check_sizes, double, folded, folded_conv, is_foldable, is_plain
 
 torch.fx.wrap("check_input")
-
-Kernel = tuple[torch.Tensor, torch.Tensor]  # weight and bias of a convolution, in float64
-
-
-def _double(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # MPS has no float64
+torch.fx.wrap("_border")  # else statistics of the time of tracing would be constants of the graph
 
 
-def _folded(weight: torch.Tensor, bias: torch.Tensor | None, bn: nn.Module) -> Kernel:
-    """One convolution in the place of a convolution (weight and bias in float64) and the batch norm behind it."""
-    if bias is None:
-        bias = weight.new_zeros(weight.shape[0])
-    if isinstance(bn, nn.Identity):
-        return weight, bias
-    tensors = bn.weight, bn.bias, bn.running_mean, bn.running_var
-    return fold(weight, bias, Norm(*map(_double, tensors), False, 0.0, bn.eps))
-
-
-def _folded_conv(conv: nn.Conv2d, kernel: Kernel) -> nn.Conv2d:
-    """A convolution with a bias of the geometry, device, dtype and memory format of `conv`."""
-    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    dd = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-    new = skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, *geometry, **dd)
-    with torch.no_grad():
-        new.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(kernel[0]))
-        new.bias.copy_(kernel[1])
-    return new.train(conv.training)
-
-
-def _checked_norm(norm_layer: Callable[..., nn.Module], channels: int, **dd: Any) -> nn.Module:
-    bn = norm_layer(channels, **dd)
-    if not _is_foldable(bn):
-        raise ValueError(
-            f"norm_layer={norm_layer!r} makes a {type(bn).__name__}: accepted is a batch norm with weight and running "
-            f"statistics, such as torch.nn.BatchNorm2d"
-        )
-    return bn
-
-
-class ConvBN(nn.Module):
-    """A convolution without bias and a batch norm; after `reparameterize()` one convolution with bias.
-
-    Keys of its state dict: `conv`, `bn`; folded: `conv` alone. A folded state dict loads into an unfolded layer, which
-    then is folded.
-
-    Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Of the convolution.
-        stride: Of the convolution.
-        padding: Of the convolution; None for `dilation * (kernel_size // 2)`.
-        dilation: Of the convolution.
-        groups: Of the convolution.
-        norm_layer: Batch norm, called with a number of channels.
-        device: Device of the parameters.
-        dtype: Data type of the parameters.
-
-    Raises:
-        ValueError: If a size is no positive integer, `groups` does not divide the channels, or `norm_layer` makes
-            something that does not fold.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 1,
-        stride: int = 1,
-        padding: int | None = None,
-        dilation: int = 1,
-        groups: int = 1,
-        *,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        _check_sizes(in_channels, out_channels, kernel_size, stride, dilation, groups)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        padding = dilation * (kernel_size // 2) if padding is None else padding
-        geometry = kernel_size, stride, padding, dilation, groups
-        self.conv = nn.Conv2d(in_channels, out_channels, *geometry, bias=False, **dd)
-        self.bn = _checked_norm(norm_layer, out_channels, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn(self.conv(x))
-
-    def can_fold(self) -> bool:
-        """Whether both parts still are what was built here, or something that computes as they do."""
-        return isinstance(self.conv, nn.Conv2d) and (isinstance(self.bn, nn.Identity) or _is_foldable(self.bn))
-
-    def folded_kernel(self) -> Kernel:
-        """Weight and bias of the equivalent convolution, in float64."""
-        bias = None if self.conv.bias is None else _double(self.conv.bias)
-        return _folded(_double(self.conv.weight), bias, self.bn)
-
-    def reparameterize(self) -> None:
-        """Fold the batch norm into the convolution, in place: `--reparam` of timm's scripts.
-
-        Running statistics become constants, in training mode too. A second call changes nothing, and neither does a
-        first where the norm was replaced by something that does not fold.
-        """
-        if self.can_fold() and not isinstance(self.bn, nn.Identity):
-            self.conv, self.bn = _folded_conv(self.conv, self.folded_kernel()), nn.Identity()
-
-    def fold_as(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
-        """Fold if that is the form of the state dict."""
-        if f"{prefix}conv.bias" in state_dict:
-            self.reparameterize()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        self.fold_as(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _check_sizes(in_channels: int, out_channels: int, kernel_size: int, stride: int, dilation: int, groups: int) -> None:
-    check_positive(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=dilation,
-        groups=groups,
-    )
-    if in_channels % groups != 0 or out_channels % groups != 0:
-        raise ValueError(f"groups={groups} does not divide in_channels={in_channels} and out_channels={out_channels}")
+def _border(
+    weight: torch.Tensor, bias: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """What a batch norm in evaluation makes of zero, without gradient."""
+    return (bias - running_mean * weight * torch.rsqrt(running_var + eps)).detach()
 
 
 class IdentityConv2d(nn.Module):
@@ -201,8 +76,8 @@ class BNAndPad(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y = self.bn(x)
-        scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
-        border = (self.bn.bias - self.bn.running_mean * scale).detach().to(y.dtype)
+        bn = self.bn
+        border = _border(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps).to(y.dtype)
         return y - border[:, None, None], border
 
 
@@ -242,16 +117,16 @@ class AverageBranch(nn.Module):
         return self.avgbn(self._average(y) + border[:, None, None])
 
     def can_fold(self) -> bool:
-        convs, norms = ([], []) if self.conv is None else ([self.conv], [self.bn.bn])
-        return all(isinstance(c, nn.Conv2d) for c in convs) and all(map(_is_foldable, [*norms, self.avgbn]))
+        first_folds = self.conv is None or (is_plain(self.conv) and is_foldable(self.bn.bn))
+        return first_folds and is_foldable(self.avgbn)
 
     def folded_kernel(self) -> Kernel:
         if self.conv is None:
-            weight, bias = _double(self.avgbn.weight).new_ones(len(self.avgbn.weight), 1, 1, 1), None
+            weight, bias = double(self.avgbn.weight).new_ones(len(self.avgbn.weight), 1, 1, 1), None
         else:
-            weight, bias = _folded(_double(self.conv.weight), None, self.bn.bn)
+            weight, bias = folded(double(self.conv.weight), None, self.bn.bn)
         size = self.kernel_size
-        return _folded((weight / (size * size)).expand(-1, -1, size, size), bias, self.avgbn)
+        return folded((weight / (size * size)).expand(-1, -1, size, size), bias, self.avgbn)
 
 
 class SequentialBranch(nn.Module):
@@ -291,18 +166,18 @@ class SequentialBranch(nn.Module):
         return self.bn2(F.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
 
     def can_fold(self) -> bool:
-        conv1_fits = isinstance(self.conv1 if self.idconv1 is None else self.idconv1, nn.Conv2d | IdentityConv2d)
-        return conv1_fits and isinstance(self.conv2, nn.Conv2d) and _is_foldable(self.bn1.bn) and _is_foldable(self.bn2)
+        first_folds = type(self.idconv1) is IdentityConv2d or is_plain(self.conv1)
+        return first_folds and is_plain(self.conv2) and is_foldable(self.bn1.bn) and is_foldable(self.bn2)
 
     def folded_kernel(self) -> Kernel:
         first = self.conv1.weight if self.idconv1 is None else self.idconv1.full_weight()
-        w1, b1 = _folded(_double(first), None, self.bn1.bn)
-        w2 = _double(self.conv2.weight)
+        w1, b1 = folded(double(first), None, self.bn1.bn)
+        w2 = double(self.conv2.weight)
         groups = self.conv2.groups
         in_groups = w2.view(groups, -1, *w2.shape[1:])
         weight = torch.einsum("gomhw,gmi->goihw", in_groups, w1.view(groups, -1, w1.shape[1]))
         bias = torch.einsum("gomhw,gm->go", in_groups, b1.view(groups, -1))
-        return _folded(weight.flatten(0, 1), bias.flatten(), self.bn2)
+        return folded(weight.flatten(0, 1), bias.flatten(), self.bn2)
 
 
 class DiverseBranchBlock(nn.Module):
@@ -313,8 +188,8 @@ class DiverseBranchBlock(nn.Module):
     `--reparam`) folds them into one k x k convolution with a bias, `dbb_reparam`. It takes the place of a convolution
     *and* the batch norm behind it. A depthwise layer has no 1x1 branch, and no 1x1 convolution before the pool.
 
-    Keys of the state dict are the published ones. A folded state dict, published ones too, loads into an unfolded layer,
-    which then is folded; a folded layer trains on.
+    Keys of the state dict are the published ones. A folded state dict, published ones too, loads into an unfolded
+    layer, which then is folded; a folded layer trains on.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W'), those of the k x k convolution.
 
@@ -323,7 +198,7 @@ class DiverseBranchBlock(nn.Module):
         out_channels: Channels of the output.
         kernel_size: Odd size of the kernel.
         stride: Stride of the layer.
-        padding: `dilation * (kernel_size // 2)` or None, which stands for it: branches of other sizes must stay aligned.
+        padding: `dilation * (kernel_size // 2)` or None, which stands for it: it keeps the branches aligned.
         dilation: Distance of the kernel's elements; the average is taken over the same places. (The published code
             ignores it.)
         groups: Groups of all convolutions.
@@ -358,7 +233,7 @@ class DiverseBranchBlock(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        _check_sizes(in_channels, out_channels, kernel_size, stride, dilation, groups)
+        check_sizes(in_channels, out_channels, kernel_size, stride, dilation, groups)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} is even; accepted: odd sizes, whose branches share a centre")
         centred = dilation * (kernel_size // 2)
@@ -400,8 +275,8 @@ class DiverseBranchBlock(nn.Module):
         Raises:
             ValueError: If `conv` is another one; names the setting and what is accepted.
         """
-        layer = cls(**_geometry(conv), device=conv.weight.device, dtype=conv.weight.dtype, **kwargs)
-        layer.init_last_norms(0.0)
+        layer = cls(**centred_geometry(conv), device=conv.weight.device, dtype=conv.weight.dtype, **kwargs)
+        layer.zero_init_branches(origin=False)
         with torch.no_grad():
             origin = layer.dbb_origin
             origin.conv.weight.copy_(conv.weight)
@@ -410,13 +285,17 @@ class DiverseBranchBlock(nn.Module):
                 origin.bn.bias.copy_(conv.bias)
         return layer.train(conv.training)
 
-    def init_last_norms(self, weight: float, origin: float | None = None) -> None:
-        """Set the weight of the batch norm that ends each branch, of the k x k branch to `origin` if that is given."""
+    def zero_init_branches(self, origin: bool = True) -> None:
+        """Set the weight of the batch norm that ends a branch to zero, in all of them or all but the k x k branch."""
         if self.dbb_reparam is not None:
             return
-        norms = [self.dbb_avg.avgbn, self.dbb_1x1_kxk.bn2, *([] if self.dbb_1x1 is None else [self.dbb_1x1.bn])]
+        norms = [self.dbb_avg.avgbn, self.dbb_1x1_kxk.bn2]
+        if origin:
+            norms.append(self.dbb_origin.bn)
+        if self.dbb_1x1 is not None:
+            norms.append(self.dbb_1x1.bn)
         for bn in norms:
-            nn.init.constant_(bn.weight, weight)
+            nn.init.zeros_(bn.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)
@@ -444,7 +323,7 @@ class DiverseBranchBlock(nn.Module):
             w, b = branch.folded_kernel()
             weight = weight + (w if w.shape[-1] == weight.shape[-1] else F.pad(w, centre))
             bias = bias + b
-        self.dbb_reparam = _folded_conv(self.dbb_origin.conv, (weight, bias))
+        self.dbb_reparam = folded_conv(self.dbb_origin.conv, (weight, bias))
         self.dbb_origin = self.dbb_avg = self.dbb_1x1 = self.dbb_1x1_kxk = None
 
     def fold_as(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
@@ -455,29 +334,3 @@ class DiverseBranchBlock(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         self.fold_as(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _geometry(conv: nn.Conv2d) -> dict[str, int]:
-    """Arguments of a layer in the place of a convolution.
-
-    Raises:
-        ValueError: If no layer can take its place.
-    """
-    if conv.padding_mode != "zeros":
-        raise ValueError(f"padding_mode={conv.padding_mode!r}; accepted: 'zeros'")
-    for name in ("kernel_size", "stride", "dilation"):
-        if len(set(getattr(conv, name))) != 1:
-            raise ValueError(f"{name}={getattr(conv, name)}; accepted: the same in both directions")
-    kernel_size, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
-    centred = dilation * (kernel_size // 2)
-    if conv.padding not in ("same", (centred, centred)) and (conv.padding, kernel_size) != ("valid", 1):
-        raise ValueError(f"padding={conv.padding!r}; accepted: {centred}, which keeps the branches aligned")
-    return dict(
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel_size=kernel_size,
-        stride=stride,
-        padding=centred,
-        dilation=dilation,
-        groups=conv.groups,
-    )
