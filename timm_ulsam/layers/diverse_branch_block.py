@@ -25,6 +25,14 @@ def _border(
     return (bias - running_mean * weight * torch.rsqrt(running_var + eps)).detach()
 
 
+def with_identity(offset: torch.Tensor) -> torch.Tensor:
+    """Weight of a grouped 1x1 convolution, from its offset from the identity."""
+    # made anew and no buffer: it would have to be filled again where a model comes from the meta device
+    channels, per_group = offset.shape[:2]
+    eye = torch.eye(per_group, device=offset.device, dtype=offset.dtype)
+    return offset + eye.repeat(channels // per_group, 1)[:, :, None, None]
+
+
 class IdentityConv2d(nn.Module):
     """A 1x1 convolution whose weight is stored as an offset from the identity, zero at the start.
 
@@ -49,9 +57,7 @@ class IdentityConv2d(nn.Module):
 
     def full_weight(self) -> torch.Tensor:
         """The weight with the identity in it, (channels, channels // groups, 1, 1)."""
-        # made anew and no buffer: it would have to be filled again where a model comes from the meta device
-        eye = torch.eye(self.weight.shape[1], device=self.weight.device, dtype=self.weight.dtype)
-        return self.weight + eye.repeat(self.groups, 1)[:, :, None, None]
+        return with_identity(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, self.full_weight(), groups=self.groups)
