@@ -49,7 +49,7 @@ def _place_dbb(model: nn.Module, norm_layer: Callable[..., nn.Module], **dd: Any
 
     One of 3x3 becomes a Diverse Branch Block, another a `ConvBN`. The norm's place keeps its activation, or nothing.
     """
-    checked_norm(norm_layer, 1)
+    checked_norm(norm_layer, 64)
     modules = [(name, module) for name, module in model.named_modules() if "se" not in name.split(".")]
     for (name, conv), (norm_name, norm) in pairwise(modules):
         if not isinstance(conv, nn.Conv2d) or not hasattr(norm, "running_mean"):
