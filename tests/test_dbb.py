@@ -181,6 +181,17 @@ def test_what_does_not_fold_stays(place):
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_a_convolution_with_hooks_computes_the_same_and_trains():
+    layer, x, seen = make(), image(), []
+    expected = copy.deepcopy(layer)(x)
+    layer.dbb_1x1_kxk.conv2.register_forward_hook(lambda module, args, y: seen.append(y))
+    torch.testing.assert_close(layer(x), expected)
+    assert len(seen) == 1
+    prune.random_unstructured(layer.dbb_1x1_kxk.conv2, "weight", 0.5)
+    for _ in range(2):
+        layer(x).sum().backward()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_convolutions_place_is_taken_with_its_output(form, bias):

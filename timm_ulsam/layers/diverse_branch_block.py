@@ -156,8 +156,9 @@ class SequentialBranch(nn.Module):
         else:
             self.conv1 = nn.Conv2d(conv.in_channels, internal_channels, 1, groups=groups, bias=False, **dd)
         self.bn1 = BNAndPad(norm_layer(internal_channels, **dd))
-        geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, groups
+        geometry = conv.kernel_size, conv.stride, 0, conv.dilation, groups
         self.conv2 = nn.Conv2d(internal_channels, conv.out_channels, *geometry, bias=False, **dd)
+        self.padding = conv.padding[0]
         self.bn2 = norm_layer(conv.out_channels, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -166,10 +167,14 @@ class SequentialBranch(nn.Module):
         elif self.conv1 is not None:
             x = self.conv1(x)
         x, border = self.bn1(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
+            if not is_plain(self.conv2):
+                padded = F.pad(x, [self.padding] * 4) + border[:, None, None]
+                return self.bn2(self.conv2(padded))
         conv = self.conv2
         of_ones = conv.weight.sum((2, 3)).view(conv.groups, -1, conv.weight.shape[1])
         bias = (of_ones * border.view(conv.groups, 1, -1)).sum(2).flatten()
-        return self.bn2(F.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups))
+        return self.bn2(F.conv2d(x, conv.weight, bias, conv.stride, self.padding, conv.dilation, conv.groups))
 
     def can_fold(self) -> bool:
         first_folds = type(self.idconv1) is IdentityConv2d or is_plain(self.conv1)
