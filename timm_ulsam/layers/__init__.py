@@ -1,5 +1,7 @@
 """Drop-in layers, one system a file, and what puts them into a model."""
 
+from .conv_bn import ConvBN
+from .diverse_branch_block import DiverseBranchBlock
 from .do_conv import DOConv2d
 from .ps_conv import PSConv2d
 from .replace import replace_convs
@@ -7,4 +9,13 @@ from .scale_aware_modulation import ScaleAwareModulation
 from .shuffle_attention import ShuffleAttention
 from .ulsam import ULSAM
 
-__all__ = ["ULSAM", "DOConv2d", "PSConv2d", "ScaleAwareModulation", "ShuffleAttention", "replace_convs"]
+__all__ = [
+    "ULSAM",
+    "ConvBN",
+    "DOConv2d",
+    "DiverseBranchBlock",
+    "PSConv2d",
+    "ScaleAwareModulation",
+    "ShuffleAttention",
+    "replace_convs",
+]

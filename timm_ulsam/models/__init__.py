@@ -1,6 +1,7 @@
 """Models by family. Importing this package registers every one of them with timm."""
 
 from . import resnet_sa
+from .dbb import MobileNetDBB, MobileNetDBBFeatures, ResNetDBB
 from .doconv import DOConvEfficientNet, DOConvEfficientNetFeatures, DOConvResNet
 from .mobilenet_ulsam import MobileNetULSAM, MobileNetULSAMFeatures
 from .resnet_psconv import ResNetPSConv
@@ -11,8 +12,11 @@ __all__ = [
     "DOConvEfficientNet",
     "DOConvEfficientNetFeatures",
     "DOConvResNet",
+    "MobileNetDBB",
+    "MobileNetDBBFeatures",
     "MobileNetULSAM",
     "MobileNetULSAMFeatures",
+    "ResNetDBB",
     "ResNetPSConv",
     "resnet_sa",
 ]
