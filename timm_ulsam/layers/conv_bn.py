@@ -1,55 +1,15 @@
-"""A convolution and its batch norm, which fold into one convolution; and what folding takes."""
+"""A convolution and its batch norm, which fold into one convolution."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import skip_init
 
-from ..ops import Norm, fold
 from ._checks import check_input, check_positive
-from .ulsam import _is_foldable as is_foldable
+from ._folding import Kernel, double, folded, folded_conv, is_foldable, is_folded, is_plain
 
 torch.fx.wrap("check_input")
-
-Kernel = tuple[torch.Tensor, torch.Tensor]  # weight and bias of a convolution, in float64
-
-
-def double(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # MPS has no float64
-
-
-def folded(weight: torch.Tensor, bias: torch.Tensor | None, bn: nn.Module) -> Kernel:
-    """One convolution in the place of a convolution (weight and bias in float64) and the batch norm behind it."""
-    if bias is None:
-        bias = weight.new_zeros(weight.shape[0])
-    if isinstance(bn, nn.Identity):
-        return weight, bias
-    tensors = bn.weight, bn.bias, bn.running_mean, bn.running_var
-    return fold(weight, bias, Norm(*map(double, tensors), False, 0.0, bn.eps))
-
-
-def folded_conv(conv: nn.Conv2d, kernel: Kernel) -> nn.Conv2d:
-    """A convolution with a bias of the geometry, device, dtype and memory format of `conv`."""
-    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    dd = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-    new = skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, *geometry, **dd)
-    with torch.no_grad():
-        new.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(kernel[0]))
-        new.bias.copy_(kernel[1])
-    return new.train(conv.training)
-
-
-def is_plain(conv: nn.Module) -> bool:
-    """Whether a module is a convolution of its weight, which hooks (pruning, for one) may make stale or change."""
-    return (
-        isinstance(conv, nn.Conv2d)
-        and type(conv).forward is nn.Conv2d.forward
-        and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
-    )
 
 
 def checked_norm(norm_layer: Callable[..., nn.Module], channels: int, **dd: Any) -> nn.Module:
@@ -150,6 +110,15 @@ class ConvBN(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, *geometry, bias=False, **dd)
         self.bn = checked_norm(norm_layer, out_channels, **dd)
 
+    @classmethod
+    def of(cls, conv: nn.Conv2d, bn: nn.Module) -> "ConvBN":
+        """The two modules as one."""
+        pair = cls.__new__(cls)
+        nn.Module.__init__(pair)
+        pair.in_channels, pair.out_channels = conv.in_channels, conv.out_channels
+        pair.conv, pair.bn = conv, bn
+        return pair.train(conv.training)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)
         return self.bn(self.conv(x))
@@ -174,7 +143,7 @@ class ConvBN(nn.Module):
 
     def fold_as(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
         """Fold if that is the form of the state dict."""
-        if f"{prefix}conv.bias" in state_dict:
+        if is_folded(state_dict, f"{prefix}conv", f"{prefix}bn"):
             self.reparameterize()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._checks import check_input, check_positive
-from .conv_bn import ConvBN, Kernel, centred_geometry, check_sizes, double, folded, folded_conv, is_foldable, is_plain
+from ._folding import Kernel, double, folded, folded_conv, is_foldable, is_plain
+from .conv_bn import ConvBN, centred_geometry, check_sizes
 
 torch.fx.wrap("check_input")
 torch.fx.wrap("_border")  # else statistics of the time of tracing would be constants of the graph

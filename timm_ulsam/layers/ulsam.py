@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from ..ops import Norm, attend, fold, ulsam
+from ..ops import Norm, attend, ulsam
 from ._checks import check_input, check_positive, divisors, is_positive
+from ._folding import double, folded, is_foldable
 
 # Published state dicts hold one small module per subspace. Their names, and ours.
 _PUBLISHED_KEY = re.compile(r"subspaces\.(\d+)\.(conv_dws|bn_dws|conv_point|bn_point)\.(\w+)")
@@ -74,13 +75,6 @@ def _norm_of(bn: nn.Module) -> Norm | None:
         bn.num_batches_tracked.add_(1)
     running = (bn.running_mean, bn.running_var) if bn.track_running_stats or not bn.training else (None, None)
     return Norm(bn.weight, bn.bias, *running, bn.training or running[0] is None, bn.momentum, bn.eps)
-
-
-def _is_foldable(bn: nn.Module) -> bool:
-    # known by name, two of them being torchvision's and timm's; all of them do the same on running statistics
-    known = type(bn).__name__ in ("BatchNorm2d", "SyncBatchNorm", "FrozenBatchNorm2d", "SplitBatchNorm2d")
-    known = known and type(bn).__module__.split(".")[0] in ("torch", "torchvision", "timm")
-    return known and bn.weight is not None and bn.running_mean is not None
 
 
 class Folded(nn.Identity):
@@ -199,15 +193,13 @@ class ULSAM(nn.Module):
         nothing, and neither does a first where a norm has no running statistics or is no batch norm, or where a
         convolution was replaced, has hooks, or computes its weight (parametrization, pruning).
         """
-        folded = []
+        kernels = []
         for conv_name, bn_name in _PAIRS:
             conv, bn = getattr(self, conv_name), getattr(self, bn_name)
-            if _is_foldable(bn) and _is_unchanged(conv, nn.Conv2d) and conv.bias is not None:
-                tensors = conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var
-                weight, bias, *norm = (t.detach().cpu().double() for t in tensors)
-                folded.append((conv, bn_name, fold(weight, bias, Norm(*norm, False, 0.0, bn.eps))))
+            if is_foldable(bn) and _is_unchanged(conv, nn.Conv2d) and conv.bias is not None:
+                kernels.append((conv, bn_name, folded(double(conv.weight), double(conv.bias), bn)))
         with torch.no_grad():
-            for conv, bn_name, (weight, bias) in folded:
+            for conv, bn_name, (weight, bias) in kernels:
                 conv.weight.copy_(weight)
                 conv.bias.copy_(bias)
                 setattr(self, bn_name, Folded().to(conv.weight.device))
