@@ -143,6 +143,20 @@ def test_is_scripted_traced_compiled_exported_and_copied(memory_format, grad):
             torch.testing.assert_close(made(x[:1]), y[:1])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("use_dynamo", [False, True], ids=["legacy", "dynamo"])
+def test_onnx_computes_the_same(use_dynamo, tmp_path):
+    pytest.importorskip("onnxscript" if use_dynamo else "onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    layer, x = make_layer().eval(), torch.randn(2, 16, 6, 7)
+    with torch.no_grad():
+        y = layer(x)
+        torch.onnx.export(layer, (x,), str(tmp_path / "layer.onnx"), dynamo=use_dynamo, input_names=["x"])
+    session = runtime.InferenceSession(str(tmp_path / "layer.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), y)
+
+
 @pytest.mark.parametrize(
     ("channels", "groups", "message"),
     [

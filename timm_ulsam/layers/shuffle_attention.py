@@ -56,6 +56,13 @@ def _without_gradient(
     return centred.mul_(slope).add_(offset).sigmoid_().mul_(x)
 
 
+def _shuffled(x: torch.Tensor) -> torch.Tensor:
+    # over all channels, not within the groups: published weights depend on it
+    if torch.jit.is_tracing():
+        return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # in operators that ONNX has
+    return F.channel_shuffle(x, 2)
+
+
 def shuffle_attention(
     x: torch.Tensor,
     cweight: torch.Tensor,
@@ -77,8 +84,7 @@ def shuffle_attention(
         y = _without_gradient(x, cweight, cbias, scale, shift, groups, eps)
     else:
         y = _with_group_norm(x, cweight, cbias, scale, shift, groups, eps)
-    # over all channels, not within the groups: published weights depend on it
-    y = F.channel_shuffle(y.to(x.dtype), 2)
+    y = _shuffled(y.to(x.dtype))
     return y.contiguous(memory_format=torch.channels_last) if is_channels_last else y
 
 
