@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from timm_ulsam.layers import DOConv2d, replace_convs
+from timm_ulsam.layers import DOConv2d, PSConv2d, replace_convs
 
 
 def small(**kwargs) -> nn.Sequential:
@@ -158,3 +158,12 @@ def test_the_replaced_model_trains_and_copies():
     assert losses[-1] < losses[0]
     assert copied[0].W.grad is None
     assert not torch.equal(copied[0].D, model[0].D)
+
+
+def test_the_convolutions_inside_a_new_layer_are_not_replaced():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    replace_convs(model, PSConv2d, lambda name, conv: name == "0")
+    inner = dict(model[0].named_modules())
+    replace_convs(model, PSConv2d)
+    assert dict(model[0].named_modules()) == inner
+    assert type(model[1]) is PSConv2d

@@ -27,7 +27,8 @@ def replace_convs(
     """Replace convolutions of a model, in place.
 
     Pretrained weights stay: what each system makes of them its `from_conv` says. Subclasses of `nn.Conv2d` (timm's
-    `Conv2dSame`, `ScaledStdConv2d`, parametrized convolutions) compute something else and are left alone.
+    `Conv2dSame`, `ScaledStdConv2d`, parametrized convolutions) compute something else and are left alone, and so are
+    the convolutions that a layer of the new class is made of.
 
         model = timm.create_model("resnet50", pretrained=True)
         replace_convs(model, DOConv2d, lambda name, conv: conv.kernel_size == (3, 3))
@@ -47,8 +48,9 @@ def replace_convs(
     """
     places: dict[nn.Conv2d, list[str]] = {}  # by identity: one convolution in two places stays one
     users: Counter[int] = Counter()
+    done = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, layer))
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Conv2d:
+        if type(module) is nn.Conv2d and not name.startswith(done):
             places.setdefault(module, []).append(name)
     for module in model.modules():
         users.update(id(p) for p in module._parameters.values() if p is not None)
