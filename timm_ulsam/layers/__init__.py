@@ -2,5 +2,6 @@
 
 from .replace import replace_convs
 from .ulsam import ULSAM
+from .weight_net import WeightNet, WeightNetConv2d
 
-__all__ = ["ULSAM", "replace_convs"]
+__all__ = ["ULSAM", "WeightNet", "WeightNetConv2d", "replace_convs"]
