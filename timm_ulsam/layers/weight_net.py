@@ -15,11 +15,6 @@ from ._checks import check_input, check_positive, divisors, is_positive
 
 IntPair = int | tuple[int, int]
 
-# Fewer input channels than this in each part, and convolving the parts costs more than generating kernels (measured
-# on CPU, contiguous memory).
-_FEW_CHANNELS = 32
-
-
 torch.fx.wrap("check_input")
 
 
@@ -111,7 +106,8 @@ def conv2d_scaled(
     if kh == 1 and kw == 1 and parts > 1:
         per_sample = True
     elif x.device.type == "cpu" and not _is_channels_last(x):
-        per_sample = per_sample or channels // parts < _FEW_CHANNELS or n == 1
+        # measured: with fewer channels to sum over, the factors cost more than the kernels
+        per_sample = per_sample or channels // parts < 64 or n == 1
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
             # a number of groups that hangs on the batch would fix the size of the batch
             if torch.jit.is_tracing() or torch.compiler.is_compiling():
@@ -126,9 +122,11 @@ def conv2d_scaled(
     weight = weight.reshape(groups, group, parts, channels // parts, kh, kw).transpose(1, 2)
     weight = weight.reshape(out_channels * parts, channels // parts, kh, kw)
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups * parts)
-    y = y.unflatten(1, (groups, parts, group))
-    scale = scale.reshape(n, groups, group, parts, 1, 1).transpose(2, 3)
-    return (y * scale).sum(2).flatten(1, 2)
+    scale = scale.reshape(n, groups, group, parts).transpose(2, 3)
+    if _is_channels_last(y):  # summed so that the sum is too
+        y = y.permute(0, 2, 3, 1).unflatten(3, (groups, parts, group)) * scale[:, None, None]
+        return y.sum(4).flatten(3).permute(0, 3, 1, 2)
+    return (y.unflatten(1, (groups, parts, group)) * scale[..., None, None]).sum(2).flatten(1, 2)
 
 
 class VectorConv2d(nn.Conv2d):
@@ -143,7 +141,8 @@ class VectorConv2d(nn.Conv2d):
             return F.linear(x, self.weight.flatten(1), self.bias)[:, :, None, None]
         weight = self.weight.reshape(self.groups, -1, self.in_channels // self.groups)
         y = torch.einsum("ngi,goi->ngo", x.unflatten(1, weight.shape[::2]), weight).flatten(1)
-        return (y if self.bias is None else y + self.bias.to(y.dtype))[:, :, None, None]
+        bias = self.bias
+        return (y if bias is None else y + bias.to(y.dtype))[:, :, None, None]
 
 
 class PooledCondition(nn.Conv2d):
@@ -305,9 +304,8 @@ class WeightNet(nn.Module):
         else:
             kernel = self.wn_fc2(scale).flatten(1).unflatten(1, self.kernel_shape)
             y = conv2d_per_sample(x, kernel, self.stride, self.padding, self.dilation, self.groups)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype).reshape(-1, 1, 1)
-        return y
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype).reshape(-1, 1, 1)
 
 
 class WeightNetConv2d(nn.Module):

@@ -357,7 +357,7 @@ _PUBLISHED_NAMES = (
     (r"^conv_last\.0\.", "conv_head.conv."),
     (r"^conv_last\.1\.", "conv_head.bn."),
     (r"^classifier\.0\.", "classifier."),
-    (r"\.wnet", ".conv"),
+    (r"\bwnet", "conv"),
 )
 
 
