@@ -307,6 +307,33 @@ def test_features():
     ]
 
 
+@pytest.mark.parametrize("feature_cls", ["list", "hook", "getter", "fx"])
+def test_features_can_be_had_in_all_of_timms_ways(feature_cls, tmp_path):
+    pretrained = saved(tmp_path, published_state())
+    way = dict(features_only=True, feature_cfg=dict(feature_cls=feature_cls, flatten_sequential=True))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = timm.create_model(NAME, **pretrained).eval().forward_intermediates(x, intermediates_only=True)
+        found = timm.create_model(NAME, **way, **pretrained).eval()(x)
+    for a, b in zip(found, expected, strict=True):
+        reference.assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_pruned_models_end_in_the_feature_asked_for(index):
+    model = timm.create_model(NAME).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, indices=[index], intermediates_only=True)[0]
+        early, _ = model.forward_intermediates(x, indices=[index], stop_early=True)
+        assert model.prune_intermediate_layers([index]) == [index]
+        assert torch.equal(model.forward_features(x), expected)
+        assert early.shape[1] == (1024 if index == 4 else expected.shape[1])
+    assert model.num_features == model.head_hidden_size == expected.shape[1]
+    model.reset_classifier(3, "avg")
+    assert model(x).shape == (1, 3)
+
+
 @pytest.mark.parametrize("pool", ["avg", "catavgmax", ""])
 def test_the_head_can_be_replaced(pool):
     model = timm.create_model(NAME, num_classes=4, global_pool="max").eval()

@@ -26,15 +26,7 @@ __all__ = ["ShuffleNetV2"]
 
 
 class PlainConv2d(nn.Conv2d):
-    """A convolution that takes the place of a `WeightNet`, and needs no condition.
-
-    Args:
-        in_channels: Number of channels of the input.
-        out_channels: Number of channels of the output.
-        kernel_size: Size of the kernel, odd.
-        stride: Stride.
-        **kwargs: As for `nn.Conv2d`.
-    """
+    """A convolution that takes the place of a `WeightNet`, and needs no condition."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, **kwargs: Any) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False, **kwargs)
@@ -223,7 +215,7 @@ class ShuffleNetV2(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.BatchNorm2d) and module.affine:
-                nn.init.ones_(module.weight)
+                module.reset_parameters()
                 nn.init.constant_(module.bias, 1e-4)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0, 0.01)
@@ -268,41 +260,38 @@ class ShuffleNetV2(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features of the stem, of the pooling behind it, and of all stages.
+        """Features of the stem, of the pooling behind it, and of all stages; arguments as for timm's models.
 
-        Args:
-            x: Images, (N, in_chans, H, W).
-            indices: The last so many if an integer, those named if a list, all if None.
-            norm: Of no effect: every stage ends in a normalization.
-            stop_early: Whether to leave out what is behind the last feature asked for.
-            output_fmt: "NCHW" is accepted.
-            intermediates_only: Whether to return the features alone.
-
-        Returns:
-            The features, after the output of `forward_features` unless they alone are asked for.
+        `norm` is of no effect, as every stage ends in a normalization.
 
         Raises:
-            ValueError: If `output_fmt` is something else.
+            ValueError: If `output_fmt` is not "NCHW".
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}; accepted: 'NCHW'")
+            raise ValueError(f"output_fmt='{output_fmt}'; accepted: 'NCHW'")
         intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(len(self.stages) + 2, indices)
         x = self.stem(x)
         if 0 in take_indices:
             intermediates.append(x)
         x = self.maxpool(x)
         if 1 in take_indices:
             intermediates.append(x)
-        stages = self.stages[: max(max_index - 1, 0)] if stop_early else self.stages
+        if torch.jit.is_scripting() or not stop_early:  # noqa: SIM108 - TorchScript cannot slice
+            stages = self.stages
+        else:
+            stages = self.stages[: max(max_index - 1, 0)]
         index = 1
         for index, stage in enumerate(stages, start=2):
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 - as above
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
             if index in take_indices:
                 intermediates.append(x)
         if intermediates_only:
             return intermediates
-        if index == len(self.feature_info) - 1:
+        if index == len(self.stages) + 1:
             x = self.conv_head(x)
         return x, intermediates
 
@@ -312,16 +301,7 @@ class ShuffleNetV2(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Leave out what the features asked for do not need.
-
-        Args:
-            indices: As for `forward_intermediates`.
-            prune_norm: Whether to leave out the convolution and normalization behind the stages.
-            prune_head: Whether to leave out the classifier.
-
-        Returns:
-            The indices of the features.
-        """
+        """Leave out what the features asked for do not need; arguments and result as for timm's models."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         prune_end = max_index < len(self.feature_info) - 1
         self.stages = self.stages[: max(max_index - 1, 0)]
@@ -415,14 +395,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_shufflenetv2(variant: str, pretrained: bool, **kwargs: Any) -> ShuffleNetV2:
-    return build_model(
-        ShuffleNetV2,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
-        **dict(dict(weightnet=True), **kwargs),
-    )
+    model_args = dict(weightnet=True, feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True))
+    kwargs = dict(model_args, **kwargs)
+    return build_model(ShuffleNetV2, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 # The authors took slightly fewer channels than ShuffleNetV2 has, so that the multiply-adds stay about the same.
