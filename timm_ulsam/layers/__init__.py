@@ -8,6 +8,7 @@ from .replace import replace_convs
 from .scale_aware_modulation import ScaleAwareModulation
 from .shuffle_attention import ShuffleAttention
 from .ulsam import ULSAM
+from .weight_net import WeightNet, WeightNetConv2d
 
 __all__ = [
     "ULSAM",
@@ -17,5 +18,7 @@ __all__ = [
     "PSConv2d",
     "ScaleAwareModulation",
     "ShuffleAttention",
+    "WeightNet",
+    "WeightNetConv2d",
     "replace_convs",
 ]

@@ -5,6 +5,7 @@ from .dbb import MobileNetDBB, MobileNetDBBFeatures, ResNetDBB
 from .doconv import DOConvEfficientNet, DOConvEfficientNetFeatures, DOConvResNet
 from .mobilenet_ulsam import MobileNetULSAM, MobileNetULSAMFeatures
 from .resnet_psconv import ResNetPSConv
+from .shufflenetv2_weightnet import ShuffleNetV2
 from .smt import SMT
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "MobileNetULSAMFeatures",
     "ResNetDBB",
     "ResNetPSConv",
+    "ShuffleNetV2",
     "resnet_sa",
 ]
