@@ -65,9 +65,7 @@ class ConvBN(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         padding = kernel_size // 2 if padding is None else padding
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False, **dd
-        )
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False, **dd)
         self.bn = norm_layer(out_channels, **dd)
 
     @classmethod
@@ -125,5 +123,5 @@ class ConvBN(nn.Module):
 
 
 def is_folded(state_dict: dict[str, torch.Tensor], linear: str, norm: str) -> bool:
-    """Whether the layer `linear` of a state dict holds the batch norm `norm`: it has a bias, and the norm is not there."""
+    """Whether `linear` of a state dict has taken in the batch norm `norm`: it has a bias, and the norm is not there."""
     return f"{linear}.bias" in state_dict and not any(k.startswith(f"{norm}.") for k in state_dict)

@@ -100,9 +100,7 @@ class FoldsIntoFC(nn.Module):
         self, channels: int, groups: int, kernel_sizes: tuple[int, ...], norm_layer: Callable[..., nn.Module], **dd
     ) -> None:
         for k in kernel_sizes:
-            self.add_module(
-                f"repconv{k}", ConvBN(channels, channels, k, groups=groups, norm_layer=norm_layer, **dd)
-            )
+            self.add_module(f"repconv{k}", ConvBN(channels, channels, k, groups=groups, norm_layer=norm_layer, **dd))
 
     def _branches(self) -> list[str]:
         return [name for name, _ in self.named_children() if name.startswith("repconv")]
@@ -211,7 +209,9 @@ class RepMLPBlock(FoldsIntoFC):
         # the published code takes others, and mixes samples
         if not is_positive(num_sharesets) or channels % num_sharesets != 0:
             accepted = divisors(channels)
-            raise ValueError(f"num_sharesets={num_sharesets!r} does not divide channels={channels}; accepted: {accepted}")
+            raise ValueError(
+                f"num_sharesets={num_sharesets!r} does not divide channels={channels}; accepted: {accepted}"
+            )
         if not is_positive(reduction) or reduction > channels:
             raise ValueError(f"reduction={reduction!r}: accepted is an integer from 1 to channels={channels}")
         kernel_sizes = check_kernel_sizes(kernel_sizes)

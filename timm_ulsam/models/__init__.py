@@ -1,5 +1,6 @@
 """Models by family. Importing this package registers every one of them with timm."""
 
 from .mobilenet_ulsam import MobileNetULSAM, MobileNetULSAMFeatures
+from .repmlpnet import RepMLPNet
 
-__all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
+__all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures", "RepMLPNet"]
