@@ -2,5 +2,6 @@
 
 from .mobilenet_ulsam import MobileNetULSAM, MobileNetULSAMFeatures
 from .repmlpnet import RepMLPNet
+from .resnet_repmlp import RepMLPResNet
 
-__all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures", "RepMLPNet"]
+__all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures", "RepMLPNet", "RepMLPResNet"]
