@@ -312,7 +312,7 @@ class RepMLPNet(nn.Module):
             ValueError: If `output_fmt` is another, or as `forward`.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}; accepted: 'NCHW'")
+            raise ValueError(f"output_fmt={output_fmt}; accepted: NCHW")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         check_partitions(x, self.in_chans, self.unit_h, self.unit_w)
         intermediates = []
