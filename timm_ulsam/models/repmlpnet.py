@@ -388,6 +388,18 @@ def _check_img_size(img_size: tuple[int, int], unit_h: int, unit_w: int) -> None
         )
 
 
+# published keys, and ours
+RULES = [
+    (r"^conv_embedding\.", "stem."),
+    *((rf"^embeds\.{i}\.", f"stages.{i + 1}.downsample.") for i in range(3)),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\bprebn([12])\.", r"norm\1."),
+    (r"\brepmlp_block\.", "rep_mlp."),
+    (r"\bffn_block\.ffn_fc([12])\.", r"ffn.fc\1."),
+    (r"^head_norm\.", "norm."),
+]
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: RepMLPNet) -> dict[str, torch.Tensor]:
     """The authors' checkpoint under our names, in training or deployed form; ours as it is.
 
@@ -396,28 +408,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RepMLPNet) -> dict[s
     Raises:
         RuntimeError: If the checkpoint is not of this model; names what does not fit.
     """
-    state_dict = renamed(
-        unwrapped(state_dict),
-        [
-            (r"^conv_embedding\.", "stem."),
-            *((rf"^embeds\.{i}\.", f"stages.{i + 1}.downsample.") for i in range(len(model.stages) - 1)),
-            (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-            *UNIT_RULES,
-            (r"^head_norm\.", "norm."),
-        ],
-    )
+    state_dict = renamed(unwrapped(state_dict), RULES)
     for name, module in model.named_modules():
         if isinstance(module, RepMLPBlock):
             module.take_form(state_dict, f"{name}.")
     check_fits(state_dict, model, ("stem.conv.", "head."))
     return state_dict
-
-
-UNIT_RULES = [
-    (r"\bprebn([12])\.", r"norm\1."),
-    (r"\brepmlp_block\.", "rep_mlp."),
-    (r"\bffn_block\.ffn_fc([12])\.", r"ffn.fc\1."),
-]
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:

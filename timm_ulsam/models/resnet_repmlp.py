@@ -90,15 +90,13 @@ class RepMLPBottleneck(nn.Module):
         narrow = rep_channels if mid_channels is None else mid_channels
         self.conv1 = ConvBN(channels, narrow, 1, norm_layer=norm_layer, **dd)
         self.act1 = act_layer(inplace=True)
-        if mid_channels is None:
-            self.conv2, self.act2, self.conv3, self.act3 = (nn.Identity() for _ in range(4))
-        else:
-            self.conv2 = ConvBN(mid_channels, rep_channels, 3, norm_layer=norm_layer, **dd)
-            self.act2 = act_layer(inplace=True)
-            self.conv3 = ConvBN(rep_channels, mid_channels, 3, norm_layer=norm_layer, **dd)
-            self.act3 = act_layer(inplace=True)
+        light = mid_channels is None
+        self.conv2 = nn.Identity() if light else ConvBN(narrow, rep_channels, 3, norm_layer=norm_layer, **dd)
+        self.act2 = nn.Identity() if light else act_layer(inplace=True)
         self.rep_mlp = RepMLP(rep_channels, height, width, norm_layer=norm_layer, **kwargs, **dd)
         self.rep_act = act_layer(inplace=True)
+        self.conv3 = nn.Identity() if light else ConvBN(rep_channels, narrow, 3, norm_layer=norm_layer, **dd)
+        self.act3 = nn.Identity() if light else act_layer(inplace=True)
         self.conv4 = ConvBN(narrow, channels, 1, norm_layer=norm_layer, **dd)
         self.drop_path = nn.Identity() if drop_path is None else drop_path
         self.act4 = act_layer(inplace=True)
@@ -176,12 +174,18 @@ class RepMLPResNet(ResNet):
         # the first entry is of the stem
         strides = [self.feature_info[stage + 1]["reduction"] for stage in _STAGES]
         height, width = _check_img_size(img_size, partition_size, max(strides))
-        ratios = (None, None) if bottleneck_ratios is None else bottleneck_ratios
+        ratios = (None, None) if bottleneck_ratios is None else tuple(bottleneck_ratios)
+        if len(ratios) != len(_STAGES):
+            raise ValueError(f"bottleneck_ratios={bottleneck_ratios!r}: accepted are two integers, or None")
         for stage, stride, ratio in zip(_STAGES, strides, ratios, strict=True):
             blocks = self.get_submodule(f"layer{stage + 1}")
             for i in range(1, len(blocks)):
                 channels = blocks[i].conv3.conv.out_channels
-                mid_channels = None if ratio is None else _mid_channels(channels, ratio)
+                mid_channels = None if ratio is None else channels // FoldableBottleneck.expansion
+                if mid_channels is not None and (not is_positive(ratio) or mid_channels % ratio != 0):
+                    raise ValueError(
+                        f"bottleneck_ratios={bottleneck_ratios!r}: {ratio!r} does not divide {mid_channels}"
+                    )
                 blocks[i] = RepMLPBottleneck(
                     channels,
                     mid_channels,
@@ -214,11 +218,18 @@ def _check_img_size(img_size: int | tuple[int, int], partition_size: int, stride
     return size[0], size[1]
 
 
-def _mid_channels(channels: int, ratio: int) -> int:
-    mid_channels = channels // Bottleneck.expansion
-    if not is_positive(ratio) or mid_channels % ratio != 0:
-        raise ValueError(f"bottleneck_ratios: {ratio!r} does not divide {mid_channels}")
-    return mid_channels
+# published keys, and ours
+RULES = [
+    (r"^stage0\.0\.", "conv1."),
+    (r"^stage(\d)\.", r"layer\1."),
+    (r"\.shortcut\.", ".downsample."),
+    (r"\.(?:light|btnk)_conv1\.", ".conv1."),
+    (r"\.btnk_conv2\.", ".conv2."),
+    (r"\.(?:light|btnk)_repmlp\.", ".rep_mlp."),
+    (r"\.btnk_conv4\.", ".conv3."),
+    (r"\.(?:light_conv3|btnk_conv5)\.", ".conv4."),
+    (r"^linear\.", "fc."),
+]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: RepMLPResNet) -> dict[str, torch.Tensor]:
@@ -229,20 +240,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RepMLPResNet) -> dic
     Raises:
         RuntimeError: If the checkpoint is not of this model; names what does not fit.
     """
-    state_dict = renamed(
-        unwrapped(state_dict),
-        [
-            (r"^stage0\.0\.", "conv1."),
-            (r"^stage(\d)\.", r"layer\1."),
-            (r"\.shortcut\.", ".downsample."),
-            (r"\.(?:light|btnk)_conv1\.", ".conv1."),
-            (r"\.btnk_conv2\.", ".conv2."),
-            (r"\.(?:light|btnk)_repmlp\.", ".rep_mlp."),
-            (r"\.btnk_conv4\.", ".conv3."),
-            (r"\.(?:light_conv3|btnk_conv5)\.", ".conv4."),
-            (r"^linear\.", "fc."),
-        ],
-    )
+    state_dict = renamed(unwrapped(state_dict), RULES)
     for name, module in model.named_modules():
         if isinstance(module, ConvBN | RepMLP):
             module.take_form(state_dict, f"{name}.")
