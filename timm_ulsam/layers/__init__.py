@@ -4,6 +4,8 @@ from .conv_bn import ConvBN
 from .diverse_branch_block import DiverseBranchBlock
 from .do_conv import DOConv2d
 from .ps_conv import PSConv2d
+from .rep_mlp import RepMLPBlock
+from .rep_mlp_v1 import RepMLP
 from .replace import replace_convs
 from .scale_aware_modulation import ScaleAwareModulation
 from .shuffle_attention import ShuffleAttention
@@ -16,6 +18,8 @@ __all__ = [
     "DOConv2d",
     "DiverseBranchBlock",
     "PSConv2d",
+    "RepMLP",
+    "RepMLPBlock",
     "ScaleAwareModulation",
     "ShuffleAttention",
     "WeightNet",

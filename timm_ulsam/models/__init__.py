@@ -4,7 +4,9 @@ from . import resnet_sa
 from .dbb import MobileNetDBB, MobileNetDBBFeatures, ResNetDBB
 from .doconv import DOConvEfficientNet, DOConvEfficientNetFeatures, DOConvResNet
 from .mobilenet_ulsam import MobileNetULSAM, MobileNetULSAMFeatures
+from .repmlpnet import RepMLPNet
 from .resnet_psconv import ResNetPSConv
+from .resnet_repmlp import RepMLPResNet
 from .shufflenetv2_weightnet import ShuffleNetV2
 from .smt import SMT
 
@@ -17,6 +19,8 @@ __all__ = [
     "MobileNetDBBFeatures",
     "MobileNetULSAM",
     "MobileNetULSAMFeatures",
+    "RepMLPNet",
+    "RepMLPResNet",
     "ResNetDBB",
     "ResNetPSConv",
     "ShuffleNetV2",
