@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ulsam.models import repmlpnet, resnet_repmlp
 from timm_ulsam.models._build import renamed
+from timm_ulsam.models._repmlpnet_blocks import RepMLPNetUnit
 
 NAMES = {
     "RepMLPNet-T224": "repmlpnet_t224",
@@ -180,7 +181,7 @@ def test_a_whole_small_network_is_the_published_one():
 @pytest.mark.parametrize("file", ["layer_unit_c16_h4w4_s4", "layer_unit_c16_h6w6_s4_onepart"])
 def test_a_unit_is_the_published_one(file):
     tensors, args = ref.tensors("rep_mlp", file), ref.config("rep_mlp", file)["kwargs"]
-    unit = repmlpnet.RepMLPNetUnit(args["channels"], args["h"], args["w"], num_sharesets=args["num_sharesets"]).eval()
+    unit = RepMLPNetUnit(args["channels"], args["h"], args["w"], num_sharesets=args["num_sharesets"]).eval()
     unit.load_state_dict(renamed(ref.part(tensors, "param."), repmlpnet.RULES))
     x = tensors["input"].requires_grad_()
     y = unit(x)
