@@ -268,6 +268,11 @@ def test_weights_of_another_network_are_refused_with_names_and_shapes(kwargs, pl
         timm.create_model(V2, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
 
+def test_another_norm_than_the_plain_networks_is_refused(create):
+    with pytest.raises(RuntimeError, match=r"unexpected: bn1\.running_mean"):
+        create(LARGE, norm_layer="layernorm2d")
+
+
 # where they come from
 
 

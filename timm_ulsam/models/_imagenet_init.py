@@ -56,19 +56,17 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         RuntimeError: If the state dict does not fit; names the keys and shapes.
     """
     tag = model.pretrained_cfg.get("tag") or ""
-    layers = {f"{name}.": layer for name, layer in model.named_modules() if isinstance(layer, ULSAM)}
-    if not tag.endswith(INIT_SUFFIX) or any(_is_of_ulsam(key, tuple(layers)) for key in state_dict):
+    ulsams = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ULSAM))
+    if not tag.endswith(INIT_SUFFIX) or any(_is_of_ulsam(key, ulsams) for key in state_dict):
         return state_dict
-    own = model.state_dict()
-    converted = {key: value for key, value in state_dict.items() if not key.startswith(tuple(layers))}
-    if not hasattr(model, "classifier"):
-        converted = {key: value for key, value in converted.items() if not key.startswith(_HEAD)}
-    for prefix in layers:
-        converted.update({key: value for key, value in own.items() if key.startswith(prefix)})
-        # Scale 0 makes the maps uniform. Shift 1 lets gradients through: at 0 the ReLU behind would stop them for ever.
-        converted[f"{prefix}bn_pw.weight"] = torch.zeros_like(own[f"{prefix}bn_pw.weight"])
-        converted[f"{prefix}bn_pw.bias"] = torch.ones_like(own[f"{prefix}bn_pw.bias"])
+    dropped = ulsams if hasattr(model, "classifier") else (*ulsams, *_HEAD)
+    converted = {key: value for key, value in state_dict.items() if not key.startswith(dropped)}
+    converted.update({key: value for key, value in model.state_dict().items() if key.startswith(ulsams)})
     check_fits(converted, model, adapted=("conv_stem", "classifier"))
+    for prefix in ulsams:
+        # Scale 0 makes the maps uniform. Shift 1 lets gradients through: at 0 the ReLU behind would stop them for ever.
+        weight, bias = f"{prefix}bn_pw.weight", f"{prefix}bn_pw.bias"
+        converted.update({weight: torch.zeros_like(converted[weight]), bias: torch.ones_like(converted[bias])})
     for key, constant in _constants(model):
         converted[key] = (converted[key].double() / constant).to(converted[key].dtype)
     return converted

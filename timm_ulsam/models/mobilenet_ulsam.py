@@ -226,7 +226,8 @@ default_cfgs = generate_default_cfgs(
         ),
         "mobilenetv2_ulsam.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_s.untrained": _cfg(),
-        # a name without a tag gives weights that classify as they are; of the initializations only this one does
+        # A name without a tag gives weights that classify as they are. Of the initializations only this one does, so it
+        # is a default; where blocks are gone, the star below keeps the untrained one.
         "mobilenetv2_ulsam_l.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k")),
         "mobilenetv2_ulsam_l.untrained": _cfg(),
         "mobilenetv2_ulsam_050.untrained": _cfg(),
