@@ -22,7 +22,8 @@ def photograph(tmp_path):
 def test_list_names_every_model_its_cost_and_weights(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == model_names()
+    names = [line.split()[0] for line in out.splitlines()[1:]]  # one with several weights has several rows
+    assert list(dict.fromkeys(names)) == model_names()
     assert "3,067,904" in out
     assert "tin200" in out
 
@@ -93,7 +94,10 @@ def test_predict_json(capsys, photograph):
             "unknown model 'mobilenetv2_ulsm'; did you mean mobilenetv2_ulsam",
         ),
         (["{photo}", "--model", "mobilenetv2_ulsam_s"], "has no pretrained weights; models of this zoo that have: mob"),
-        (["{photo}", "--model", "mobilenetv2_ulsam.in99"], "no weights 'in99'; it has: mobilenetv2_ulsam.tin200"),
+        (
+            ["{photo}", "--model", "mobilenetv2_ulsam.in99"],
+            "no weights 'in99'; it has: mobilenetv2_ulsam.ra_in1k_init, mob",
+        ),
         (["{photo}", "--model", "local-dir:{tmp}/nowhere"], "nowhere"),
         (["{photo}", "--attention", "{tmp}/nowhere/out.png"], "cannot write {tmp}/nowhere/out.png: there is no"),
         (["{photo}", "--attention", "{tmp}/out.xyz"], "accepted suffixes are .jpg, .pdf, .png"),

@@ -94,7 +94,8 @@ def test_the_first_weights_reach_the_cards_accuracy():
 def test_the_default_tag_is_the_one_with_weights():
     model = timm.create_model("mobilenetv2_ulsam", pretrained=True)
     assert model.pretrained_cfg["tag"] == "tin200"
-    assert timm.list_pretrained("*ulsam*") == NAMES
+    # the weights of an initialization are timm's: nothing of it is stored here
+    assert [name for name in timm.list_pretrained("*ulsam*") if not name.endswith("_init")] == NAMES
 
 
 def test_fine_tuning_starts_from_everything_but_the_head():

@@ -8,11 +8,15 @@ a wheel carries it inside, with the weight files of the default tags only. What 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
@@ -25,7 +29,7 @@ _SUMS_FILE = "SHA256SUMS"
 
 
 class WeightsError(RuntimeError):
-    """A weight file is not the one that was published."""
+    """A weight file is not the one that was published, or cannot be had."""
 
 
 def weights_dir() -> Path:
@@ -90,7 +94,9 @@ def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "P
     """A pretrained cfg whose weights are at hand and whole; the zoo's own have the recorded digest.
 
     Weights that a caller names (in `pretrained_cfg_overlay`, or by a `local-dir:` or `hf-hub:` name) have no digest to
-    compare with; of a local file it is checked that it is a whole safetensors file.
+    compare with; of a local file it is checked that it is a whole safetensors file. Neither have those that a tag takes
+    from another organization's repository (timm's, for an initialization): they are not ours to record, and timm
+    downloads them.
 
     Raises:
         WeightsError: If a file is truncated, or is one of the zoo and altered or without a recorded digest.
@@ -111,6 +117,26 @@ def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "P
         if cfg.source != "hf-hub":
             return dataclasses.replace(cfg, file=downloaded)
     return cfg
+
+
+@contextmanager
+def downloads_explained(cfg: "PretrainedCfg") -> Iterator[None]:
+    """Around what may download the weights of `cfg`: where that fails, say what was to be downloaded.
+
+    Raises:
+        WeightsError: If the Hub cannot be reached, or not asked (`HF_HUB_OFFLINE`), and its cache lacks the file, or if
+            it refuses; names repository and file, and what to do.
+    """
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        repository, file = cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE
+        raise WeightsError(
+            f"the weights of {cfg.architecture}.{cfg.tag} are {file} of the Hub repository {repository}, which is "
+            f"neither in the local cache nor could be downloaded ({type(error).__name__}). Build the model once with "
+            f"access to {ENDPOINT} and without HF_HUB_OFFLINE, which caches it; or run `hf download {repository} "
+            f"{file}` elsewhere and name the copy: pretrained_cfg_overlay=dict(file=PATH), or --pretrained-path PATH."
+        ) from error
 
 
 def _recorded_digest(name: str) -> str:

@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
-from ..pretrained import checked_cfg
+from ..pretrained import checked_cfg, downloads_explained
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -41,16 +41,17 @@ def build_model(
     Args and returns as there.
 
     Raises:
-        WeightsError: As `timm_ulsam.pretrained.checked_cfg`.
+        WeightsError: As `timm_ulsam.pretrained.checked_cfg` and `downloads_explained`.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     if overlay.get("url") or overlay.get("hf_hub_id"):
         # timm takes a file first, then the Hub, then a URL: ours must not stand before what the caller names
-        overlay = {"file": None, "hf_hub_id": None, **overlay}
+        overlay = {"file": None, "hf_hub_id": None, "hf_hub_filename": None, **overlay}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    if pretrained:
-        cfg = checked_cfg(cfg, kwargs.get("cache_dir"))
-    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg.to_dict(), **kwargs)
+    with downloads_explained(cfg):
+        if pretrained:
+            cfg = checked_cfg(cfg, kwargs.get("cache_dir"))
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg.to_dict(), **kwargs)
 
 
 def unwrapped(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

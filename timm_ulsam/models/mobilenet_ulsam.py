@@ -15,6 +15,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, LayerType, get_norm_layer
 from timm.models import (
     EfficientNet,
@@ -31,6 +32,7 @@ from ..layers.ulsam import ULSAM
 from ..ops import attend
 from ..pretrained import weights_cfg
 from ._build import build_model, imagenet_cfg
+from ._imagenet_init import checkpoint_filter_fn, init_cfg
 
 __all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
 
@@ -222,10 +224,21 @@ default_cfgs = generate_default_cfgs(
             crop_pct=1.0,
             **weights_cfg("mobilenetv2_ulsam.tin200"),
         ),
+        "mobilenetv2_ulsam.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_s.untrained": _cfg(),
+        # A name without a tag gives weights that classify as they are. Of the initializations only this one does, so it
+        # is a default; where blocks are gone, the star below keeps the untrained one.
+        "mobilenetv2_ulsam_l.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k")),
         "mobilenetv2_ulsam_l.untrained": _cfg(),
         "mobilenetv2_ulsam_050.untrained": _cfg(),
-        "mobilenetv1_ulsam.untrained": _cfg(),
+        "mobilenetv1_ulsam.ra4_e3600_r224_in1k_init": _cfg(
+            mean=IMAGENET_INCEPTION_MEAN,
+            std=IMAGENET_INCEPTION_STD,
+            test_input_size=(3, 256, 256),
+            test_crop_pct=0.95,
+            **init_cfg("mobilenetv1_100.ra4_e3600_r224_in1k", "block 11"),
+        ),
+        "mobilenetv1_ulsam.untrained*": _cfg(),
         "mobilenetv1_ulsam_075.untrained": _cfg(),
         "mobilenetv1_ulsam_050.untrained": _cfg(),
     }
@@ -255,6 +268,7 @@ def _create_mobilenet_ulsam(
         variant,
         pretrained,
         pretrained_strict=pretrained_strict,
+        pretrained_filter_fn=checkpoint_filter_fn,
         kwargs_filter=kwargs_filter,
         features_only=features_only and not features_cls,
         block_args=decode_arch_def(arch_def),
