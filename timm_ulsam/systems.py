@@ -255,8 +255,8 @@ def trained_cost(model: str, **kwargs: Any) -> Cost:
 
 def folded_cost(model: str) -> Cost:
     """Cost of a model of timm after `reparameterize_model`; with 1000 classes."""
-    folded = reparameterize_model(timm.create_model(model, num_classes=1000).eval(), inplace=True)
-    return cost(folded.to("meta"), image_size(model))
+    unfolded = timm.create_model(model, num_classes=1000, device="meta")
+    return cost(reparameterize_model(unfolded.eval(), inplace=True), image_size(model))
 
 
 def plain_cost(model: str) -> Cost | None:

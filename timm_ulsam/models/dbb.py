@@ -9,7 +9,6 @@ Papers:
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,12 +22,8 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
 )
-from timm.models._builder import pretrained_cfg_for_features
 from timm.models._efficientnet_builder import (
-    decode_arch_def,
     efficientnet_init_weights,
-    resolve_act_layer,
-    resolve_bn_args,
 )
 from timm.models._manipulate import adapt_input_conv
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -37,11 +32,9 @@ from torch import nn
 from ..layers.conv_bn import ConvBN, centred_geometry, checked_norm
 from ..layers.diverse_branch_block import DiverseBranchBlock, with_identity
 from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
+from ._mobilenet import MOBILENETV1, check_feature_location, create_mobilenet, places
 
 __all__ = ["MobileNetDBB", "MobileNetDBBFeatures", "ResNetDBB"]
-
-# A stage is (channels, blocks, stride of the first block), as in the paper's table.
-_MOBILENETV1 = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2))
 
 
 def _place_dbb(model: nn.Module, norm_layer: Callable[..., nn.Module], **dd: Any) -> None:
@@ -153,8 +146,7 @@ class MobileNetDBBFeatures(EfficientNetFeatures):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        if feature_location not in ("bottleneck", "expansion"):
-            raise ValueError(f"feature_location={feature_location!r}; accepted: 'bottleneck', 'expansion'")
+        check_feature_location(feature_location)
         dd = {"device": device, "dtype": dtype}
         super().__init__(block_args, feature_location=feature_location, norm_layer=norm_layer, **kwargs, **dd)
         _place_dbb(self, get_norm_layer(norm_layer) or nn.BatchNorm2d, **dd)
@@ -171,7 +163,7 @@ _RESNET_KEYS = (
     (r"^stage(\d)\.", r"layer\1."),
     (r"^linear\.", "fc."),
 )
-_MOBILENET_PLACES = [(stage, block) for stage, (_, blocks, _) in enumerate(_MOBILENETV1) for block in range(blocks)]
+_MOBILENET_PLACES = places(MOBILENETV1)
 _MOBILENET_KEYS = (
     (r"^conv1\.", "conv_stem."),
     *((rf"^stem\.{n}\.depthwise\.", f"blocks.{s}.{b}.conv_dw.") for n, (s, b) in enumerate(_MOBILENET_PLACES)),
@@ -238,33 +230,8 @@ def _create_resnet_dbb(variant: str, pretrained: bool, **kwargs: Any) -> ResNetD
 
 
 def _create_mobilenet_dbb(variant: str, pretrained: bool, **kwargs: Any) -> MobileNetDBB | MobileNetDBBFeatures:
-    model_cls, kwargs_filter = MobileNetDBB, None
-    pretrained_strict = kwargs.pop("pretrained_strict", True)
-    features_only = kwargs.pop("features_only", False)
-    # features come from a class of their own, unless another way to extract them is asked for
-    features_cls = features_only and "feature_cfg" not in kwargs and "feature_cls" not in kwargs
-    if features_cls:
-        model_cls = MobileNetDBBFeatures
-        kwargs_filter = ("num_classes", "num_features", "global_pool")
-        pretrained_strict = False  # the head is not there
-    model = build_model(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_strict=pretrained_strict,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=kwargs_filter,
-        features_only=features_only and not features_cls,
-        block_args=decode_arch_def([[f"dsa_r{n}_k3_s{s}_c{c}"] for c, n, s in _MOBILENETV1]),
-        num_features=0,
-        stem_size=32,
-        norm_layer=kwargs.pop("norm_layer", None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
-        act_layer=resolve_act_layer(kwargs, "relu"),
-        **kwargs,
-    )
-    if features_cls:
-        model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
-    return model
+    kwargs |= dict(default_act="relu", pretrained_filter_fn=checkpoint_filter_fn)
+    return create_mobilenet(MobileNetDBB, MobileNetDBBFeatures, variant, pretrained, **kwargs)
 
 
 @register_model

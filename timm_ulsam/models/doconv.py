@@ -11,47 +11,26 @@ Papers:
 * `MobileNetV2: Inverted Residuals and Linear Bottlenecks` - https://arxiv.org/abs/1801.04381
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 from timm.models import (
     EfficientNet,
     EfficientNetFeatures,
-    FeatureHooks,
     ResNet,
     adapt_input_conv,
     generate_default_cfgs,
     register_model,
 )
-from timm.models._builder import pretrained_cfg_for_features
-from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..layers.do_conv import DOConv2d, fold_state_dict
 from ..layers.replace import replace_convs
 from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
+from ._mobilenet import MOBILENETV2, check_feature_location, create_mobilenet, hook_features, places
 
 __all__ = ["DOConvEfficientNet", "DOConvEfficientNetFeatures", "DOConvResNet"]
-
-# blocks of every stage: kind, repeats, stride of the first, expansion, channels
-_MOBILENETV1 = (
-    "dsa_r1_k3_s1_c64",
-    "dsa_r2_k3_s2_c128",
-    "dsa_r2_k3_s2_c256",
-    "dsa_r6_k3_s2_c512",
-    "dsa_r2_k3_s2_c1024",
-)
-_MOBILENETV2 = (
-    "ds_r1_k3_s1_c16",
-    "ir_r2_k3_s2_e6_c24",
-    "ir_r3_k3_s2_e6_c32",
-    "ir_r4_k3_s2_e6_c64",
-    "ir_r3_k3_s1_e6_c96",
-    "ir_r3_k3_s2_e6_c160",
-    "ir_r1_k3_s1_e6_c320",
-)
 
 
 def _over_parameterize(model: nn.Module) -> None:
@@ -106,20 +85,10 @@ class DOConvEfficientNetFeatures(EfficientNetFeatures):
     """
 
     def __init__(self, *args: Any, feature_location: str = "bottleneck", **kwargs: Any) -> None:
-        if feature_location not in ("bottleneck", "expansion"):
-            raise ValueError(f"feature_location={feature_location!r}; accepted: 'bottleneck', 'expansion'")
+        check_feature_location(feature_location)
         super().__init__(*args, **kwargs)
         _over_parameterize(self)
-        if feature_location != "bottleneck":
-            # hooks go onto the new convolutions, so they are registered here and not by the parent
-            for info in self.feature_info.info:
-                if info["stage"] > 0:
-                    stage = info["stage"] - 1
-                    name, block = list(self.blocks[stage].named_children())[-1]
-                    info.update(block.feature_info(feature_location))
-                    info["module"] = f"blocks.{stage}.{name}.{info['module']}".rstrip(".")
-            hooks = self.feature_info.get_dicts(keys=("module", "hook_type"))
-            self.feature_hooks = FeatureHooks(hooks, self.named_modules())
+        hook_features(self, feature_location)
 
 
 def _torchvision_names() -> list[tuple[str, str]]:
@@ -140,8 +109,7 @@ def _torchvision_names() -> list[tuple[str, str]]:
         ("2", "conv_pwl"),
         ("3", "bn3"),
     )
-    blocks = [(s, b) for s, args in enumerate(decode_arch_def([[a] for a in _MOBILENETV2])) for b in range(len(args))]
-    for number, (stage, block) in enumerate(blocks, start=1):
+    for number, (stage, block) in enumerate(places(MOBILENETV2), start=1):
         for theirs, ours in separable if stage == 0 else inverted:
             # of a block's convolution or norm comes the last part of the key alone
             rules.append((rf"^features\.{number}\.conv\.{theirs}\.(?=\w+$)", f"blocks.{stage}.{block}.{ours}."))
@@ -209,35 +177,10 @@ def _create_resnet_doconv(variant: str, pretrained: bool, **kwargs: Any) -> DOCo
 
 
 def _create_mobilenet_doconv(
-    variant: str, pretrained: bool, arch_def: tuple[str, ...], num_features: int, **kwargs: Any
+    variant: str, pretrained: bool, **kwargs: Any
 ) -> DOConvEfficientNet | DOConvEfficientNetFeatures:
-    model_cls, kwargs_filter = DOConvEfficientNet, None
-    features_only = kwargs.pop("features_only", False)
-    # features come from a class of their own, unless another way to extract them is asked for
-    features_cls = features_only and "feature_cfg" not in kwargs and "feature_cls" not in kwargs
-    pretrained_strict = kwargs.pop("pretrained_strict", True) and not features_cls  # the head is not there
-    if features_cls:
-        model_cls = DOConvEfficientNetFeatures
-        kwargs_filter = ("num_classes", "num_features", "head_conv", "global_pool")
-    model = build_model(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        pretrained_strict=pretrained_strict,
-        kwargs_filter=kwargs_filter,
-        features_only=features_only and not features_cls,
-        block_args=decode_arch_def([[blocks] for blocks in arch_def]),
-        num_features=num_features,
-        stem_size=32,
-        round_chs_fn=round_channels,
-        norm_layer=kwargs.pop("norm_layer", None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
-        act_layer=resolve_act_layer(kwargs, "relu6"),
-        **kwargs,
-    )
-    if features_cls:
-        model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
-    return model
+    classes = DOConvEfficientNet, DOConvEfficientNetFeatures
+    return create_mobilenet(*classes, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
@@ -271,10 +214,10 @@ def resnext50_32x4d_doconv(pretrained: bool = False, **kwargs: Any) -> DOConvRes
 @register_model
 def mobilenetv1_doconv(pretrained: bool = False, **kwargs: Any) -> DOConvEfficientNet:
     """MobileNetV1, every convolution a DO-Conv."""
-    return _create_mobilenet_doconv("mobilenetv1_doconv", pretrained, _MOBILENETV1, 0, **kwargs)
+    return _create_mobilenet_doconv("mobilenetv1_doconv", pretrained, **kwargs)
 
 
 @register_model
 def mobilenetv2_doconv(pretrained: bool = False, **kwargs: Any) -> DOConvEfficientNet:
     """MobileNetV2, every convolution a DO-Conv."""
-    return _create_mobilenet_doconv("mobilenetv2_doconv", pretrained, _MOBILENETV2, 1280, **kwargs)
+    return _create_mobilenet_doconv("mobilenetv2_doconv", pretrained, **kwargs)

@@ -20,33 +20,19 @@ from timm.layers import DropPath, LayerType, get_norm_layer
 from timm.models import (
     EfficientNet,
     EfficientNetFeatures,
-    FeatureHooks,
     generate_default_cfgs,
     register_model,
 )
-from timm.models._builder import pretrained_cfg_for_features
-from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
 from torch import nn
 
 from ..layers.ulsam import ULSAM
 from ..ops import attend
 from ..pretrained import weights_cfg
-from ._build import build_model, imagenet_cfg
+from ._build import imagenet_cfg
 from ._imagenet_init import checkpoint_filter_fn, init_cfg
+from ._mobilenet import check_feature_location, create_mobilenet, hook_features
 
 __all__ = ["MobileNetULSAM", "MobileNetULSAMFeatures"]
-
-# A stage is (expansion, channels, blocks, stride of the first block), as in the papers' tables.
-_MOBILENETV1 = ((1, 64, 1, 1), (1, 128, 2, 2), (1, 256, 2, 2), (1, 512, 6, 2), (1, 1024, 2, 2))
-_MOBILENETV2 = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
 
 Blocks = int | Iterable[int]
 
@@ -189,20 +175,11 @@ class MobileNetULSAMFeatures(EfficientNetFeatures):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        if feature_location not in ("bottleneck", "expansion"):
-            raise ValueError(f"feature_location={feature_location!r}; accepted: 'bottleneck', 'expansion'")
+        check_feature_location(feature_location)
         dd = {"device": device, "dtype": dtype}
         super().__init__(block_args, norm_layer=norm_layer, **kwargs, **dd)
         _place_ulsam(self.blocks, block_args, num_splits, replace_blocks, insert_after, norm_layer, **dd)
-        if feature_location != "bottleneck":
-            # hooks go onto the blocks as placed, so they are registered here and not by the parent
-            for info in self.feature_info.info:
-                if info["stage"] > 0:
-                    name, block = list(self.blocks[info["stage"] - 1].named_children())[-1]
-                    info.update(block.feature_info(feature_location))
-                    info["module"] = f"blocks.{info['stage'] - 1}.{name}.{info['module']}".rstrip(".")
-            hooks = self.feature_info.get_dicts(keys=("module", "hook_type"))
-            self.feature_hooks = FeatureHooks(hooks, self.named_modules())
+        hook_features(self, feature_location)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -245,98 +222,55 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_mobilenet_ulsam(
-    variant: str,
-    pretrained: bool,
-    arch_def: list[list[str]],
-    num_features: int,
-    channel_multiplier: float,
-    **kwargs: Any,
-) -> MobileNetULSAM | MobileNetULSAMFeatures:
-    round_chs_fn = partial(round_channels, multiplier=channel_multiplier)
-    model_cls, kwargs_filter = MobileNetULSAM, None
-    pretrained_strict = kwargs.pop("pretrained_strict", True)
-    features_only = kwargs.pop("features_only", False)
-    # features come from a class of their own, unless another way to extract them is asked for
-    features_cls = features_only and "feature_cfg" not in kwargs and "feature_cls" not in kwargs
-    if features_cls:
-        model_cls = MobileNetULSAMFeatures
-        kwargs_filter = ("num_classes", "num_features", "global_pool")
-        pretrained_strict = False  # the head is not there
-    model = build_model(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_strict=pretrained_strict,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=kwargs_filter,
-        features_only=features_only and not features_cls,
-        block_args=decode_arch_def(arch_def),
-        num_features=max(num_features, round_chs_fn(num_features)) if num_features else 0,
-        stem_size=32,
-        round_chs_fn=round_chs_fn,
-        norm_layer=kwargs.pop("norm_layer", None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
-        act_layer=resolve_act_layer(kwargs, "relu6"),
-        **kwargs,
-    )
-    if features_cls:
-        model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
-    return model
-
-
-def _mobilenetv1_ulsam(variant: str, pretrained: bool, channel_multiplier: float = 1.0, **kwargs: Any):
-    arch_def = [[f"dsa_r{n}_k3_s{s}_c{c}"] for _, c, n, s in _MOBILENETV1]
-    kwargs = dict(dict(replace_blocks=(11,)), **kwargs)
-    return _create_mobilenet_ulsam(variant, pretrained, arch_def, 0, channel_multiplier, **kwargs)
-
-
-def _mobilenetv2_ulsam(variant: str, pretrained: bool, channel_multiplier: float = 1.0, **kwargs: Any):
-    # a block that does not expand has no first 1x1 convolution: depthwise separable
-    arch_def = [[f"{'ir' if e > 1 else 'ds'}_r{n}_k3_s{s}_e{e}_c{c}"] for e, c, n, s in _MOBILENETV2]
-    return _create_mobilenet_ulsam(variant, pretrained, arch_def, 1280, channel_multiplier, **kwargs)
+def _create_mobilenet_ulsam(variant: str, pretrained: bool, **kwargs: Any) -> MobileNetULSAM | MobileNetULSAMFeatures:
+    classes = MobileNetULSAM, MobileNetULSAMFeatures
+    return create_mobilenet(*classes, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def mobilenetv2_ulsam(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
     """MobileNetV2, ULSAM (g = 4) in the place of blocks 13 and 16: the paper's headline, 13 % fewer multiply-adds."""
     model_args = dict(replace_blocks=(13, 16))
-    return _mobilenetv2_ulsam("mobilenetv2_ulsam", pretrained, **dict(model_args, **kwargs))
+    return _create_mobilenet_ulsam("mobilenetv2_ulsam", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_ulsam_s(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
     """MobileNetV2, ULSAM (g = 4) in the place of blocks 12, 13, 15 and 16: 25 % fewer multiply-adds."""
     model_args = dict(replace_blocks=(12, 13, 15, 16))
-    return _mobilenetv2_ulsam("mobilenetv2_ulsam_s", pretrained, **dict(model_args, **kwargs))
+    return _create_mobilenet_ulsam("mobilenetv2_ulsam_s", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_ulsam_l(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
     """MobileNetV2, ULSAM (g = 4) inserted after block 16, nothing replaced."""
     model_args = dict(insert_after=(16,))
-    return _mobilenetv2_ulsam("mobilenetv2_ulsam_l", pretrained, **dict(model_args, **kwargs))
+    return _create_mobilenet_ulsam("mobilenetv2_ulsam_l", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv2_ulsam_050(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
     """MobileNetV2 at half width, ULSAM (g = 4) in the place of blocks 13 and 16."""
     model_args = dict(channel_multiplier=0.5, replace_blocks=(13, 16))
-    return _mobilenetv2_ulsam("mobilenetv2_ulsam_050", pretrained, **dict(model_args, **kwargs))
+    return _create_mobilenet_ulsam("mobilenetv2_ulsam_050", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv1_ulsam(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
     """MobileNetV1, ULSAM (g = 4) in the place of block 11."""
-    return _mobilenetv1_ulsam("mobilenetv1_ulsam", pretrained, **kwargs)
+    model_args = dict(replace_blocks=(11,))
+    return _create_mobilenet_ulsam("mobilenetv1_ulsam", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv1_ulsam_075(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
     """MobileNetV1 at width 0.75, ULSAM (g = 4) in the place of block 11."""
-    return _mobilenetv1_ulsam("mobilenetv1_ulsam_075", pretrained, **dict(dict(channel_multiplier=0.75), **kwargs))
+    model_args = dict(channel_multiplier=0.75, replace_blocks=(11,))
+    return _create_mobilenet_ulsam("mobilenetv1_ulsam_075", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def mobilenetv1_ulsam_050(pretrained: bool = False, **kwargs: Any) -> MobileNetULSAM:
     """MobileNetV1 at half width, ULSAM (g = 4) in the place of block 11."""
-    return _mobilenetv1_ulsam("mobilenetv1_ulsam_050", pretrained, **dict(dict(channel_multiplier=0.5), **kwargs))
+    model_args = dict(channel_multiplier=0.5, replace_blocks=(11,))
+    return _create_mobilenet_ulsam("mobilenetv1_ulsam_050", pretrained, **dict(model_args, **kwargs))

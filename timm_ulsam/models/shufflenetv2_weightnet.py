@@ -361,7 +361,7 @@ def _pytorch_layout(value: torch.Tensor, own: torch.Tensor | None) -> torch.Tens
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """A checkpoint of the authors, in MegEngine's layout or PyTorch's, as state dict of the model; ours as it is.
 
-    What the authors trained expects their images: BGR, values from 0 to 255, no mean subtracted.
+    The authors' test script feeds images with values from 0 to 255, no mean subtracted: timm's transforms do not.
 
     Raises:
         RuntimeError: If it is not one of this model; names keys and shapes.
