@@ -76,8 +76,8 @@ def _files(results: list[Result], args: argparse.Namespace) -> dict[Path, list[R
 
 def _complete(part: list[Result], args: argparse.Namespace) -> bool:
     found = {result["id"] for result in part if result["status"] != "failed"}
-    measured = {(result["device"], _file(result["id"])) for result in part if result["status"] == "measured"}
-    every = {row.id for row in all_rows() if (row.device, _file(row.id)) in measured}
+    measured = {_file(result["id"]) for result in part if result["status"] == "measured"}
+    every = {row.id for row in all_rows() if _file(row.id) in measured}
     return not args.quick and bool(measured) and every <= found
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from timm_ulsam import ULSAM
+from timm_ulsam.layers import DiverseBranchBlock
 
 sys.path.append(str(REPO))  # last: the package that is tested stays the installed one
 
@@ -16,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import layer, rows, timing
 from benchmarks import run as runner
 from benchmarks.published import Published, published_layer, stacked
-from benchmarks.report import markdown
+from benchmarks.report import markdown, systems_markdown
 from benchmarks.rows import Case, Comparison, Disagreement, Row
 
 DATA = Path(__file__).parent / "data"
@@ -45,6 +46,13 @@ def test_the_performance_section_is_current():
     section = markdown(rows.all_rows(), [runner.read(path) for path in results])
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     assert section in readme, "replace it by what `python -m benchmarks --markdown benchmarks/results/*.json` prints"
+
+
+def test_the_speed_of_the_systems_is_current():
+    results = sorted(runner.RESULTS.glob("*.json"))
+    section = systems_markdown(rows.all_rows(), [runner.read(path) for path in results])
+    page = (REPO / "docs/systems.md").read_text(encoding="utf-8")
+    assert section in page, "replace it by what `python -m benchmarks --markdown benchmarks/results/*.json` prints last"
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -236,6 +244,28 @@ def test_only_a_complete_run_replaces_the_committed_results(monkeypatch, tmp_pat
     report = runner.read(tmp_path / "cpu.json")
     assert report["complete"]
     assert [r["status"] for r in report["rows"]] == ["measured", "not measured"]
+
+
+def test_rows_of_systems_have_a_file_of_their_own(monkeypatch, tmp_path):
+    case = Case({"one": lambda: None, "other": lambda: None})
+    found = [row(f"cpu/{name}", lambda options: case) for name in ("a", "system/b", "system/c")]
+    monkeypatch.setattr(command, "all_rows", lambda: found)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    assert command.main(["--only", "system/b"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert command.main(["--only", "/system/"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu-systems.json"]
+    assert command.main([]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-systems.json", "cpu.json"]
+
+
+def test_a_fold_that_computes_something_else_is_noticed(monkeypatch):
+    monkeypatch.setattr(DiverseBranchBlock, "reparameterize", lambda self: nn.init.zeros_(self.dbb_origin.conv.weight))
+    found = runner.run_row(
+        rows.select(rows.all_rows(), ["mobilenetv1_dbb/infer/batch1"])[0], rows.Options(threads=1, quick=True)
+    )
+    assert found["status"] == "failed"
+    assert found["reason"].startswith("mobilenetv1_dbb folded is")
 
 
 def test_an_interrupted_run_leaves_no_file(monkeypatch, tmp_path, capsys):

@@ -14,7 +14,7 @@ DOCS = (REPO / "docs/systems.md").read_text(encoding="utf-8")
 
 def test_every_model_belongs_to_one_system_whose_key_is_in_its_name():
     named = [(name, s.key) for s in SYSTEMS for name in s.models]
-    assert sorted(name for name, _ in named) == model_names()
+    assert sorted(name for name, _ in named) == sorted(model_names())
     assert all(key in name for name, key in named)
 
 
@@ -40,7 +40,7 @@ def test_the_page_of_systems_is_current():
 
 
 def test_timms_own_systems_build_as_the_page_says():
-    named = re.findall(r'timm\.create_model\("([\w.]+)"\)', DOCS)
+    named = re.findall(r'\| `timm\.create_model\("([\w.]+)"\)` \|', DOCS)
     assert named == ["seresnet50", "skresnext50_32x4d", "tf_efficientnet_cc_b0_4e", "mixer_b16_224"]
     for name in named:
         model = timm.create_model(name, num_classes=7, device="meta").eval()
