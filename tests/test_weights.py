@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -170,6 +171,8 @@ def test_a_truncated_file_that_a_user_names_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("source", [dict(hf_hub_id="someone/else"), dict(url="file:///nowhere/else.safetensors")])
 def test_another_source_that_a_user_names_is_the_one_taken(source, monkeypatch):
+    file = str(weights_dir() / DEFAULT / "model.safetensors")
+    monkeypatch.setattr(pretrained, "hf_hub_download", lambda repo, *_, **__: {"someone/else": file}[repo])
     taken = {}
 
     def load(model, pretrained_cfg, **kwargs):
@@ -177,7 +180,8 @@ def test_another_source_that_a_user_names_is_the_one_taken(source, monkeypatch):
 
     monkeypatch.setattr(timm.models._builder, "load_pretrained", load)
     timm.create_model("mobilenetv2_ulsam", pretrained=True, pretrained_cfg_overlay=source)
-    assert {k: taken[k] for k in ("file", "hf_hub_id", "url") if k in taken} == source
+    found = {k: taken[k] for k in ("file", "hf_hub_id", "url") if k in taken}
+    assert found == ({**source, "file": file} if "hf_hub_id" in source else source)
 
 
 def test_a_zoo_without_its_weights_folder_still_knows_the_models(tmp_path, python):
@@ -239,6 +243,6 @@ def test_a_model_without_weights_says_so():
         timm.create_model("mobilenetv2_ulsam_s", pretrained=True)
 
 
-def test_a_cfg_that_is_not_the_zoos_passes_unchanged():
-    cfg = timm.get_pretrained_cfg("mobilenetv2_100")
+def test_a_cfg_of_a_url_passes_unchanged():
+    cfg = dataclasses.replace(timm.get_pretrained_cfg("mobilenetv2_100"), hf_hub_id=None, url="https://nowhere/w.pth")
     assert checked_cfg(cfg) is cfg
