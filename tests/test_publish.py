@@ -1,5 +1,4 @@
 import os
-import shutil
 import subprocess
 import sys
 
@@ -39,15 +38,6 @@ def publish(hub, tmp_path):
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
     return run
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A copy of package and weights that a test may damage."""
-    folder = tmp_path / "checkout"
-    shutil.copytree(REPO / "timm_ulsam", folder / "timm_ulsam", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(REPO / "weights", folder / "weights")
-    return folder
 
 
 def writes(hub):

@@ -111,6 +111,17 @@ def recorded_digest(name: str) -> str:
     return recorded_digests()[name]
 
 
+def record_digest(name: str, digest: str) -> None:
+    """Record the SHA-256 of the weights `<arch>.<tag>`; the digests of all others stay as they are."""
+    sums = weights_dir() / _SUMS_FILE
+    digests = {**(recorded_digests() if sums.is_file() else {}), name: digest}
+    temporary = sums.with_name(f".{_SUMS_FILE}.part")
+    rows = [f"{digests[name]}  {name}/{WEIGHTS_FILE}\n" for name in sorted(digests)]
+    temporary.write_text("".join(rows), encoding="utf-8")
+    temporary.replace(sums)
+    recorded_digests.cache_clear()
+
+
 def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "PretrainedCfg":
     """A pretrained cfg whose weights are at hand and whole; the zoo's own have the recorded digest.
 
