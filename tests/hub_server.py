@@ -83,6 +83,16 @@ class Hub(ThreadingHTTPServer):
             self.faults[kind] -= 1
             return self.faults[kind] >= 0
 
+    def put(self, repo, folder):
+        """Have a repository with the files of a folder."""
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for path, content in files.items():
+            if path.endswith(".safetensors"):
+                files[path] = hashlib.sha256(content).hexdigest()
+                self.large[files[path]] = content
+        self.repos[repo] = Repo(private=False)
+        self.repos[repo].commit("main", files)
+
     def files(self, repo, revision="main"):
         """Content of every file of a repository."""
         files = self.repos[repo].resolve(revision)[1]

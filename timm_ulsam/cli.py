@@ -111,7 +111,7 @@ def _list(args: argparse.Namespace) -> None:
     else:
         rows = table_rows(zoo)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        numbers = ("parameters", "MACs", "px", "top-1")
+        numbers = ("parameters", "MACs", "px", "MB", "top-1")
         for row in rows:
             cells = zip(rows[0], row, widths, strict=True)
             print("  ".join(c.rjust(w) if head in numbers else c.ljust(w) for head, c, w in cells).rstrip())

@@ -71,6 +71,12 @@ def card_top1(name: str) -> float | None:
     return next((r.metric_value for r in results if r.metric_name == "top-1"), None)
 
 
+def file_size(name: str) -> int | None:
+    """Bytes of the weight file of `<arch>.<tag>`, None if it is not at hand."""
+    file = weights_dir() / name / WEIGHTS_FILE
+    return file.stat().st_size if file.is_file() else None
+
+
 def file_digest(file: str | Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
