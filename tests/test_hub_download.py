@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import huggingface_hub
 import pytest
 from conftest import REPO
 from hub_server import Hub
@@ -17,6 +18,8 @@ from timm_ulsam.pretrained import recorded_digests
 NAME = "mobilenetv2_ulsam.tin200"
 FOLDER = REPO / "weights" / NAME
 DIGEST = recorded_digests()[NAME]
+# older clients give up at a lost connection and keep the beginning, never as the file, to go on from there
+RESUMES_LATER = int(huggingface_hub.__version__.split(".")[0]) < 1
 SCRIPT = """
 import json, sys, torch, timm
 from pathlib import Path
@@ -123,13 +126,15 @@ def test_a_cut_or_altered_download_is_refused_and_not_kept(fault, hub, tmp_path,
     *messages, cached, first, second = run(hub, tmp_path, code)
     said = "is truncated or altered: at the Hub" if fault.startswith("flip") else "file should be of size"
     assert [said in message for message in messages] == [True, True], messages
-    assert not [name for name in cached if name == "model.safetensors" or name.startswith(DIGEST)]
+    kept = {name for name in cached if name == "model.safetensors" or name.startswith(DIGEST)}
+    assert kept <= ({f"{DIGEST}.incomplete"} if RESUMES_LATER else set())
     assert [first, second] == [expected, expected]
 
 
 def test_a_lost_connection_is_taken_up_again(hub, tmp_path, expected):
     hub.faults["drop download"] = 1
-    assert run(hub, tmp_path, f"print_json(logits('hf-hub:someone/{NAME}'))") == [expected]
+    once_more = f"error('hf-hub:someone/{NAME}'), " if RESUMES_LATER else ""
+    assert run(hub, tmp_path, f"print_json({once_more}logits('hf-hub:someone/{NAME}'))")[-1] == expected
     assert hub.asked["GET download"] == 2
 
 
