@@ -314,7 +314,7 @@ def commit(request, hub, repo, revision):
         if kind == "header" and value.get("parentCommit") not in (None, oid):
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
         if kind == "file":
-            files[value["path"]] = base64.b64decode(value["content"])
+            files[value["path"]] = base64.b64decode(value["content"]) + b"?" * hub.fails("alter commit")
         elif kind == "lfsFile":
             if value["oid"] not in hub.large:
                 raise Refusal(400, "LFS pointer pointed to a file that does not exist")

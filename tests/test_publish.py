@@ -101,6 +101,13 @@ def test_a_refused_upload_says_so(hub, publish):
     assert list(hub.files(MODEL)) == [".gitattributes"]
 
 
+def test_what_came_out_other_than_it_was_sent_is_noticed(hub, publish):
+    hub.faults["alter commit"] = 1
+    assert f"error: {MODEL} at " in (message := refused(publish()))
+    assert " does not hold what was uploaded: http" in message
+    assert publish().stdout.startswith(f"{MODEL}: add README.md; ")
+
+
 def test_a_dry_run_changes_nothing(hub, publish):
     done = publish("--dry-run")
     assert done.stdout == f"{MODEL}: new repository, {', '.join(f'add {path}' for path in FILES)} (dry run)\n"
