@@ -137,7 +137,6 @@ def test_a_revision_is_a_branch_and_leaves_the_main_one_alone(hub, publish):
 
 def test_a_pull_request_is_opened_once(hub, publish):
     hub.tokens["hf_guest"] = ["guest"]
-    hub.repos.clear()
     publish("--create-pr", "--revision", "main")
     assert sorted(hub.files(MODEL, "refs/pr/1")) == [".gitattributes", *FILES]
     assert list(hub.files(MODEL)) == [".gitattributes"]
