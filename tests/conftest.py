@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +25,12 @@ def python(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of package and weights that a test may change."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(REPO / "timm_ulsam", folder / "timm_ulsam", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPO / "weights", folder / "weights")
+    return folder

@@ -35,6 +35,7 @@ def test_list_json(capsys):
     assert sorted(zoo) == sorted(model_names())
     assert zoo["mobilenetv2_ulsam"]["macs"] == 262_659_328
     assert zoo["mobilenetv2_ulsam"]["weights"]["tin200"] > 25
+    assert 8e6 < zoo["mobilenetv2_ulsam"]["sizes"]["tin200"] < 9e6
 
 
 def test_list_of_one_system(capsys):

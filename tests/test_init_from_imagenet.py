@@ -7,10 +7,9 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from timm.models import _hub
 from torch import nn
 
-from timm_ulsam import ULSAM
+from timm_ulsam import ULSAM, pretrained
 from timm_ulsam.pretrained import WeightsError
 from timm_ulsam.zoo import entries, table_rows
 
@@ -96,7 +95,7 @@ def test_what_a_name_without_a_tag_means(name, tag):
 
 
 def test_the_zoo_lists_them_without_accuracy():
-    rows = {f"{name}.{tag}": top1 for name, *_, tag, top1 in table_rows(entries("ulsam"))}
+    rows = {f"{name}.{tag}": top1 for name, *_, tag, _, top1 in table_rows(entries("ulsam"))}
     assert all(rows[name] == "" for name in SOURCES)
     assert rows["mobilenetv2_ulsam.tin200"]
 
@@ -283,7 +282,7 @@ def test_they_are_downloaded_from_timms_repository(plain, monkeypatch):
         asked.append((repo_id, filename))
         return plain[SOURCES[LARGE]][1]
 
-    monkeypatch.setattr(_hub, "hf_hub_download", download)
+    monkeypatch.setattr(pretrained, "hf_hub_download", download)
     model = timm.create_model(LARGE, pretrained=True)
     assert asked == [("timm/mobilenetv2_100.ra_in1k", "model.safetensors")]
     assert difference(model, plain[SOURCES[LARGE]][0]) < 1e-4
@@ -321,5 +320,5 @@ def test_the_zoos_own_weights_say_so_too(tmp_path, monkeypatch):
 
 
 def test_without_pretrained_nothing_is_downloaded(monkeypatch):
-    monkeypatch.setattr(_hub, "hf_hub_download", partial(pytest.fail, "asked the Hub"))
+    monkeypatch.setattr(pretrained, "hf_hub_download", partial(pytest.fail, "asked the Hub"))
     assert timm.create_model(LARGE).num_classes == 1000

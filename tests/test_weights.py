@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from conftest import REPO
 from safetensors.torch import load_file
 
 from timm_ulsam import pretrained
 from timm_ulsam.pretrained import WeightsError, checked_cfg, recorded_digests, weights_dir
+from timm_ulsam.zoo import model_names
 
 NAMES = sorted(recorded_digests())
 DEFAULT = "mobilenetv2_ulsam.tin200"
@@ -22,7 +25,7 @@ DEFAULT = "mobilenetv2_ulsam.tin200"
 def zoo_copy(tmp_path, monkeypatch):
     """A copy of the weights that a test may damage, in the place of the real ones."""
     folder = tmp_path / "weights"
-    shutil.copytree(weights_dir(), folder, ignore=shutil.ignore_patterns("logs", "recipes", "*.py"))
+    shutil.copytree(weights_dir(), folder, ignore=shutil.ignore_patterns("logs", "recipes"))
     monkeypatch.setattr(pretrained, "weights_dir", lambda: folder)
     return folder
 
@@ -44,7 +47,8 @@ def test_weights_load_and_tell_what_they_are(name):
     assert model.num_classes == cfg["num_classes"] == len(cfg["label_names"]) == len(cfg["label_descriptions"])
     assert set(cfg["label_names"]) == set(cfg["label_descriptions"])
     state = load_file(weights_dir() / name / "model.safetensors")
-    assert torch.equal(model.conv_stem.weight, state["conv_stem.weight"])
+    first = f"{cfg['first_conv']}.weight"
+    assert torch.equal(model.state_dict()[first], state[first])
     assert model(torch.randn(1, *cfg["input_size"])).isfinite().all()
 
 
@@ -54,7 +58,7 @@ def test_the_folder_is_the_hub_repository_and_nothing_else(name):
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     local = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     by_name = timm.create_model(name, pretrained=True).eval()
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, *local.pretrained_cfg["input_size"])
     assert torch.equal(local(x), by_name(x))
 
 
@@ -73,9 +77,10 @@ def test_the_card_states_what_was_measured_and_the_commands(name):
     assert f"**{top1:.2f} %" in card
     assert f"\npython train.py --config weights/recipes/{name}.yaml --data-dir " in card
     assert re.search(rf"\npython validate\.py --data-dir .* --model {name} --pretrained\n", card)
-    assert (REPO / "weights/recipes" / f"{name}.yaml").is_file()
-    log = list(csv.DictReader((REPO / "weights/logs" / f"{name}.csv").open()))
-    assert abs(max(float(row["eval_top1"]) for row in log) - top1) <= 0.3
+    recipe, facts = (yaml.safe_load((REPO / "weights" / kind / f"{name}.yaml").open()) for kind in ("recipes", "facts"))
+    log = {int(row["epoch"]): row for row in csv.DictReader((REPO / "weights/logs" / f"{name}.csv").open())}
+    if facts["split"] == recipe.get("val_split", "validation"):
+        assert abs(float(log[facts["epoch"]]["eval_top1"]) - top1) <= 0.3
 
 
 @pytest.mark.skipif("TINY_IMAGENET" not in os.environ, reason="TINY_IMAGENET does not name the unpacked Tiny ImageNet")
@@ -89,6 +94,33 @@ def test_the_first_weights_reach_the_cards_accuracy():
     with torch.inference_mode():
         right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in loader)
     assert abs(100 * right / len(dataset) - pretrained.card_top1(DEFAULT)) <= 0.3
+
+
+def bytes_in(path):
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
+def test_the_weights_in_the_repository_stay_small():
+    assert sum(bytes_in(file) for file in (REPO / "weights").rglob("*.safetensors")) < 100e6
+
+
+def test_there_are_no_weights_but_safetensors():
+    found = {file.suffix for folder in NAMES for file in (REPO / "weights" / folder).iterdir()}
+    assert found == {".safetensors", ".json", ".md"}
+    assert sorted(file.parent.name for file in (REPO / "weights").rglob("*.safetensors")) == NAMES
+
+
+def test_the_wheel_carries_the_default_weights_only_and_stays_small():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    build = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    wheel = build["targets"]["wheel"]
+    for source, place in wheel["force-include"].items():
+        assert place == f"timm_ulsam/{source}"
+    carried = {source.split("/")[1] for source in wheel["force-include"] if bytes_in(REPO / source) > 1e6}
+    defaults = {f"{cfg.architecture}.{cfg.tag}" for cfg in map(timm.get_pretrained_cfg, model_names())}
+    assert carried == defaults & {*NAMES}
+    modules = sum(bytes_in(file) for package in wheel["packages"] for file in (REPO / package).rglob("*.py"))
+    assert modules + sum(bytes_in(REPO / source) for source in wheel["force-include"]) < 40e6
 
 
 def test_the_default_tag_is_the_one_with_weights():
@@ -171,6 +203,8 @@ def test_a_truncated_file_that_a_user_names_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("source", [dict(hf_hub_id="someone/else"), dict(url="file:///nowhere/else.safetensors")])
 def test_another_source_that_a_user_names_is_the_one_taken(source, monkeypatch):
+    file = str(weights_dir() / DEFAULT / "model.safetensors")
+    monkeypatch.setattr(pretrained, "hf_hub_download", lambda repo, *_, **__: {"someone/else": file}[repo])
     taken = {}
 
     def load(model, pretrained_cfg, **kwargs):
@@ -178,7 +212,8 @@ def test_another_source_that_a_user_names_is_the_one_taken(source, monkeypatch):
 
     monkeypatch.setattr(timm.models._builder, "load_pretrained", load)
     timm.create_model("mobilenetv2_ulsam", pretrained=True, pretrained_cfg_overlay=source)
-    assert {k: taken[k] for k in ("file", "hf_hub_id", "url") if k in taken} == source
+    found = {k: taken[k] for k in ("file", "hf_hub_id", "url") if k in taken}
+    assert found == ({**source, "file": file} if "hf_hub_id" in source else source)
 
 
 def test_a_zoo_without_its_weights_folder_still_knows_the_models(tmp_path, python):
@@ -240,6 +275,6 @@ def test_a_model_without_weights_says_so():
         timm.create_model("mobilenetv2_ulsam_s", pretrained=True)
 
 
-def test_a_cfg_that_is_not_the_zoos_passes_unchanged():
-    cfg = timm.get_pretrained_cfg("mobilenetv2_100")
+def test_a_cfg_of_a_url_passes_unchanged():
+    cfg = dataclasses.replace(timm.get_pretrained_cfg("mobilenetv2_100"), hf_hub_id=None, url="https://nowhere/w.pth")
     assert checked_cfg(cfg) is cfg

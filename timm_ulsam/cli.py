@@ -43,11 +43,55 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--attention", metavar="OUT.png", help="draw every attention map over the photographs")
     predict.add_argument("--json", action="store_true", help="print JSON")
     predict.set_defaults(run=_predict)
+
+    package = verbs.add_parser(
+        "package",
+        help="turn a checkpoint of train.py into a Hub repository",
+        description="Turn a checkpoint of timm's train.py (its EMA weights, if it has some) or a safetensors file into "
+        "weights/ARCH.TAG/: model.safetensors, config.json and, if its facts are recorded, the model card. Nothing is "
+        "unpickled but tensors and plain values.",
+        epilog="example: timm-ulsam package output/train/RUN/model_best.pth.tar --arch mobilenetv2_ulsam --tag tin200 "
+        "--labels words.txt --dataset tiny-imagenet",
+    )
+    package.add_argument("checkpoint", metavar="CHECKPOINT", help="model_best.pth.tar, or weights in safetensors")
+    package.add_argument("--arch", required=True, metavar="NAME", help="name of the model")
+    package.add_argument("--tag", required=True, help="name of the weights")
+    classes = package.add_mutually_exclusive_group(required=True)
+    classes.add_argument("--labels", metavar="FILE", help="the classes; in every line its folder, a tab, its name")
+    classes.add_argument("--data-dir", metavar="DIR", help="the data; every folder of DIR/train is a class")
+    package.add_argument("--dataset", metavar="KEY", help="record accuracy on this data set of weights/datasets.yaml")
+    package.add_argument("--config", metavar="FILE", help="options of train.py (default: the checkpoint's own)")
+    package.add_argument("--output", metavar="DIR", help="write the folder here, and nothing beside it")
+    package.set_defaults(run=_package)
+
+    card = verbs.add_parser(
+        "card",
+        help="write the model cards from what is recorded",
+        description="Write weights/NAME/README.md from weights/facts/NAME.yaml, the weights and their recipe.",
+        epilog="example: timm-ulsam card mobilenetv2_ulsam.tin200",
+    )
+    card.add_argument("names", nargs="+", metavar="NAME", help="weights, ARCH.TAG")
+    card.set_defaults(run=_card)
+
+    publish = verbs.add_parser(
+        "publish",
+        help="publish weights at the Hugging Face Hub",
+        description="Make weights/NAME/ the Hub repository ORG/NAME. What is there already is left as it is, and what "
+        "does not belong there is deleted. The token is that of HF_TOKEN or `hf auth login`.",
+        epilog="example: timm-ulsam publish mobilenetv2_ulsam.tin200 --org timm-ulsam --dry-run",
+    )
+    publish.add_argument("names", nargs="+", metavar="NAME", help="weights, ARCH.TAG")
+    publish.add_argument("--org", required=True, help="organization or user")
+    publish.add_argument("--private", action="store_true", help="make new repositories private")
+    publish.add_argument("--revision", metavar="R", help="branch to commit to, made if missing (default: main)")
+    publish.add_argument("--create-pr", action="store_true", help="open a pull request in the place of a commit")
+    publish.add_argument("--dry-run", action="store_true", help="change nothing at the Hub, say what would change")
+    publish.set_defaults(run=_publish)
     return parser
 
 
 def _list(args: argparse.Namespace) -> None:
-    from .predict import InputError
+    from .errors import InputError
     from .systems import SYSTEMS, costs_table, systems_table
     from .zoo import entries, markdown_table, table_rows
 
@@ -67,14 +111,15 @@ def _list(args: argparse.Namespace) -> None:
     else:
         rows = table_rows(zoo)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        numbers = ("parameters", "MACs", "px", "top-1")
+        numbers = ("parameters", "MACs", "px", "MB", "top-1")
         for row in rows:
             cells = zip(rows[0], row, widths, strict=True)
             print("  ".join(c.rjust(w) if head in numbers else c.ljust(w) for head, c, w in cells).rstrip())
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from .predict import InputError, check_picture, demo_images, draw_attention, load_model, predict, read_image
+    from .errors import InputError
+    from .predict import check_picture, demo_images, draw_attention, load_model, predict, read_image
 
     if bool(args.images) == args.demo:
         raise InputError("give photographs to classify, or --demo; not both")
@@ -106,11 +151,55 @@ def _predict(args: argparse.Namespace) -> None:
         print(f"attention maps drawn in {args.attention}")
 
 
+def _package(args: argparse.Namespace) -> None:
+    from .package import package
+
+    done = package(
+        args.checkpoint,
+        args.arch,
+        args.tag,
+        labels=args.labels,
+        data_dir=args.data_dir,
+        dataset=args.dataset,
+        config=args.config,
+        output=args.output,
+    )
+    print(f"{done.folder}: {done.classes} classes, {done.source}, SHA-256 {done.digest}")
+    for step in done.left_to_do:
+        print(f"  left to do: {step}")
+
+
+def _card(args: argparse.Namespace) -> None:
+    from .card import write_card
+
+    for name in args.names:
+        print(write_card(name))
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    from .publish import publish
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    options = dict(private=args.private, revision=args.revision, create_pr=args.create_pr, dry_run=args.dry_run)
+    for done in publish(args.names, args.org, **options):
+        changes = [f"add {path}" for path in done.added] + [f"delete {path}" for path in done.deleted]
+        if done.created:
+            changes.insert(0, "new repository")
+        if done.proposed:
+            print(f"{done.repo}: proposed already, {done.url}")
+        elif not changes:
+            print(f"{done.repo}: unchanged")
+        else:
+            print(f"{done.repo}: {', '.join(changes)}{f'; {done.url}' if done.url else ' (dry run)'}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 after one line on what was wrong with the input."""
     args = _parser().parse_args(argv)
-    from .predict import InputError
-    from .pretrained import WeightsError
+    from .errors import InputError, WeightsError
 
     try:
         args.run(args)

@@ -14,17 +14,13 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import nn
 
 from . import models  # noqa: F401  (registers them)
+from .errors import InputError, WeightsError
 from .layers import ULSAM
-from .pretrained import WeightsError
 from .zoo import model_names
 
 _DISPLAY_PIXELS = 256
 _BATCH_SIZE = 32
 _PICTURES = (".jpg", ".pdf", ".png", ".svg", ".webp")
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message says what and why, in one sentence."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
+
+from .errors import WeightsError
 
 if TYPE_CHECKING:
     # for annotations only: importing timm from here would have its hook import this module half-made
@@ -26,10 +28,6 @@ if TYPE_CHECKING:
 HUB_ORG = "timm-ulsam"
 WEIGHTS_FILE = "model.safetensors"
 _SUMS_FILE = "SHA256SUMS"
-
-
-class WeightsError(RuntimeError):
-    """A weight file is not the one that was published, or cannot be had."""
 
 
 def weights_dir() -> Path:
@@ -76,46 +74,88 @@ def card_top1(name: str) -> float | None:
     return next((r.metric_value for r in results if r.metric_name == "top-1"), None)
 
 
-def check_digest(file: str | Path, expected: str) -> None:
+def file_size(name: str) -> int | None:
+    """Bytes of the weight file of `<arch>.<tag>`, None if it is not at hand."""
+    file = weights_dir() / name / WEIGHTS_FILE
+    return file.stat().st_size if file.is_file() else None
+
+
+def file_digest(file: str | Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with Path(file).open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def git_digest(file: str | Path) -> str:
+    """SHA-1 that git gives a file, by which the Hub knows what is not in its large file storage."""
+    content = Path(file).read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def check_digest(file: str | Path, expected: str, advice: str = "Delete it and fetch it again.") -> None:
     """Refuse a weight file that is not the one recorded.
 
     Raises:
         WeightsError: If the SHA-256 of `file` is not `expected`; names file, expected and found digest.
     """
-    found = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    found = file_digest(file)
     if found != expected:
         raise WeightsError(
             f"{file} is not the published weight file (truncated or altered): "
-            f"expected SHA-256 {expected}, found {found}. Delete it and fetch it again."
+            f"expected SHA-256 {expected}, found {found}. {advice}"
         )
+
+
+def recorded_digest(name: str) -> str:
+    """The SHA-256 that `SHA256SUMS` records for the weights `<arch>.<tag>`.
+
+    Raises:
+        WeightsError: If it records none.
+    """
+    if name not in recorded_digests():
+        raise WeightsError(f"{weights_dir() / _SUMS_FILE} records no digest for {name}, its weights cannot be checked")
+    return recorded_digests()[name]
+
+
+def record_digest(name: str, digest: str) -> None:
+    """Record the SHA-256 of the weights `<arch>.<tag>`; the digests of all others stay as they are."""
+    sums = weights_dir() / _SUMS_FILE
+    digests = {**(recorded_digests() if sums.is_file() else {}), name: digest}
+    temporary = sums.with_name(f".{_SUMS_FILE}.part")
+    rows = [f"{digests[name]}  {name}/{WEIGHTS_FILE}\n" for name in sorted(digests)]
+    temporary.write_text("".join(rows), encoding="utf-8")
+    temporary.replace(sums)
+    recorded_digests.cache_clear()
 
 
 def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "PretrainedCfg":
     """A pretrained cfg whose weights are at hand and whole; the zoo's own have the recorded digest.
 
-    Weights that a caller names (in `pretrained_cfg_overlay`, or by a `local-dir:` or `hf-hub:` name) have no digest to
-    compare with; of a local file it is checked that it is a whole safetensors file. Neither have those that a tag takes
-    from another organization's repository (timm's, for an initialization): they are not ours to record, and timm
-    downloads them.
+    Weights that a caller names (in `pretrained_cfg_overlay`, or by a `local-dir:` or `hf-hub:` name) have no recorded
+    digest. Of a local file it is checked that it is a whole safetensors file; what comes from the Hub must be
+    safetensors and have the digest that the Hub states, else it does not stay in the cache. The files that a tag takes
+    from another organization's repository (timm's, for an initialization) are no more than that.
 
     Raises:
-        WeightsError: If a file is truncated, or is one of the zoo and altered or without a recorded digest.
+        WeightsError: If a file is truncated or altered, is one of the zoo without a recorded digest, or is at the Hub
+            and no safetensors file.
     """
     name = f"{cfg.architecture}.{cfg.tag}"
     if cfg.state_dict:
         return cfg
-    if cfg.file:
+    if cfg.file and cfg.source != "hf-hub":
         file = Path(cfg.file)
         file = file / WEIGHTS_FILE if file.is_dir() else file
         if file.resolve() == (weights_dir() / name / WEIGHTS_FILE).resolve():
-            check_digest(file, _recorded_digest(name))
+            check_digest(file, recorded_digest(name))
         elif file.suffix == ".safetensors" and file.is_file():
             _check_whole(file)
-    elif cfg.hf_hub_id == f"{HUB_ORG}/{name}":
-        downloaded = hf_hub_download(cfg.hf_hub_id, WEIGHTS_FILE, cache_dir=cache_dir)
-        check_digest(downloaded, _recorded_digest(name))
-        if cfg.source != "hf-hub":
-            return dataclasses.replace(cfg, file=downloaded)
+    elif cfg.hf_hub_id:
+        # timm is given the file that was checked, not the name of one that may be another by then
+        return dataclasses.replace(cfg, file=str(_from_hub(cfg, name, cache_dir)), source="file")
     return cfg
 
 
@@ -139,10 +179,57 @@ def downloads_explained(cfg: "PretrainedCfg") -> Iterator[None]:
         ) from error
 
 
-def _recorded_digest(name: str) -> str:
-    if name not in recorded_digests():
-        raise WeightsError(f"{weights_dir() / _SUMS_FILE} records no digest for {name}, its weights cannot be checked")
-    return recorded_digests()[name]
+def _from_hub(cfg: "PretrainedCfg", name: str, cache_dir: str | Path | None) -> Path:
+    repo, _, revision = cfg.hf_hub_id.partition("@")
+    options = {"revision": revision or None, "cache_dir": cache_dir}
+    filename = cfg.hf_hub_filename or WEIGHTS_FILE
+    if not filename.endswith(".safetensors"):
+        raise WeightsError(f"{filename} of {cfg.hf_hub_id} is not a safetensors file, and nothing else is loaded")
+    if cfg.source == "hf-hub":
+        config = try_to_load_from_cache(repo, "config.json", **options)  # timm has just read it
+        if isinstance(config, str):
+            _check_download(Path(config))
+    try:
+        file = Path(hf_hub_download(repo, filename, **options))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError as error:
+        raise WeightsError(f"{cfg.hf_hub_id} holds no {filename}, and nothing else is loaded") from error
+    _check_download(file)
+    if cfg.hf_hub_id == f"{HUB_ORG}/{name}":
+        try:
+            check_digest(file, recorded_digest(name), _DROPPED)
+        except WeightsError:
+            _drop_from_cache(file)
+            raise
+    else:
+        _check_whole(file)
+    return file
+
+
+_DROPPED = "It is no longer in the cache: fetch it again."
+
+
+def _check_download(file: Path) -> None:
+    """Compare a file in the cache with the digest that the Hub gave it, after which the cache names it."""
+    if not file.is_symlink():
+        return  # a file system without links: the cache does not know the digest
+    stated = file.readlink().name
+    digest = {64: file_digest, 40: git_digest}.get(len(stated))
+    found = digest(file) if digest else stated
+    if found != stated:
+        _drop_from_cache(file)
+        raise WeightsError(
+            f"{file} is truncated or altered: at the Hub its digest is {stated}, here it is {found}. {_DROPPED}"
+        )
+
+
+def _drop_from_cache(file: Path) -> None:
+    while file.is_symlink():
+        target = file.parent / file.readlink()
+        file.unlink()
+        file = target
+    file.unlink(missing_ok=True)
 
 
 def _check_whole(file: Path) -> None:

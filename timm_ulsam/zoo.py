@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import timm
 from timm.models import model_entrypoint
 
-from .pretrained import card_top1
+from .pretrained import card_top1, file_size
 from .systems import system_of, trained_cost
 
 
@@ -20,6 +20,7 @@ class Entry:
         macs: Multiply-adds of one image with 1000 classes.
         image_size: Side of that image in pixels: 224, or the model's own if it takes no other.
         weights: Top-1 accuracy in percent of every set of weights, by tag; the default tag first.
+        sizes: Bytes of their files, by tag; None for those that are not at hand.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Entry:
     macs: int
     image_size: int
     weights: dict[str, float | None]
+    sizes: dict[str, int | None]
 
 
 def model_names() -> list[str]:
@@ -53,14 +55,16 @@ def _entry(name: str) -> Entry:
         macs=cost.macs,
         image_size=cost.image_size,
         weights={tag: card_top1(f"{name}.{tag}") for tag in tags},
+        sizes={tag: file_size(f"{name}.{tag}") for tag in tags},
     )
 
 
 def table_rows(zoo: list[Entry]) -> list[tuple[str, ...]]:
     """Printable rows, one a set of weights; the first row is the head."""
-    rows = [("model", "system", "parameters", "MACs", "px", "weights", "top-1")]
+    rows = [("model", "system", "parameters", "MACs", "px", "weights", "MB", "top-1")]
     for entry in zoo:
         for tag, top1 in entry.weights.items() or [("", None)]:
+            size = entry.sizes.get(tag)
             rows.append(
                 (
                     entry.name,
@@ -69,6 +73,7 @@ def table_rows(zoo: list[Entry]) -> list[tuple[str, ...]]:
                     f"{entry.macs / 1e6:,.2f}M",
                     str(entry.image_size),
                     tag or "none yet",
+                    "" if size is None else f"{size / 1e6:.1f}",
                     "" if top1 is None else f"{top1:.2f} %",
                 )
             )
@@ -78,6 +83,6 @@ def table_rows(zoo: list[Entry]) -> list[tuple[str, ...]]:
 def markdown_table(zoo: list[Entry]) -> str:
     """The README's table of the zoo."""
     head, *rows = table_rows(zoo)
-    lines = [" | ".join(head), "--- | --- | ---: | ---: | ---: | --- | ---:"]
+    lines = [" | ".join(head), "--- | --- | ---: | ---: | ---: | --- | ---: | ---:"]
     lines += [" | ".join((f"`{name}`", *rest)) for name, *rest in rows]
     return "\n".join(f"| {line} |" for line in lines)

@@ -1,0 +1,202 @@
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import REPO
+from safetensors.torch import load_file, save_file
+
+from timm_ulsam.card import card
+from timm_ulsam.cli import main
+from timm_ulsam.pretrained import file_digest, recorded_digests
+
+NAMES = sorted(recorded_digests())
+ARCH = "mobilenetv2_ulsam_050"
+LABELS = "b10\tten\nb9\tnine\nA\tletter\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What train.py leaves of a run: a checkpoint with EMA weights, options in it, the log."""
+    folder = tmp_path_factory.mktemp("run")
+    options = dict(model=ARCH, num_classes=3, img_size=48, crop_pct=0.9, mean=[0.5], model_kwargs=dict(num_splits=2))
+    model = timm.create_model(ARCH, num_classes=3, num_splits=2)
+    ema = {key: value + 1 if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    saved = dict(epoch=1, arch=ARCH, state_dict=model.state_dict(), state_dict_ema=ema, version=2, metric=50.0)
+    torch.save({**saved, "args": argparse.Namespace(**options)}, folder / "model_best.pth.tar")
+    (folder / "summary.csv").write_text("epoch,eval_top1,eval_top5\n0,10.0,20.0\n1,50.0,99.999\n")
+    (folder / "labels.txt").write_text(LABELS)
+    save_file(model.state_dict(), folder / "plain.safetensors")
+    return folder
+
+
+def package(capsys, run, *argv, checkpoint="model_best.pth.tar", arch=ARCH, labels=True):
+    names = ["--labels", str(run / "labels.txt")] if labels else []
+    code = main(["package", str(run / checkpoint), "--arch", arch, "--tag", "test", *names, *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+def test_a_checkpoint_becomes_a_repository_that_timm_loads(run, capsys, tmp_path):
+    folder = tmp_path / "new"
+    code, out, err = package(capsys, run, "--output", folder)
+    assert code == 0, err
+    assert out == (f"{folder}: 3 classes, its EMA weights, SHA-256 {file_digest(folder / 'model.safetensors')}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    saved = torch.load(run / "model_best.pth.tar", weights_only=False)["state_dict_ema"]
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, saved[key]), key
+    cfg = model.pretrained_cfg
+    assert (tuple(cfg["input_size"]), tuple(cfg["pool_size"]), cfg["crop_pct"]) == ((3, 48, 48), (2, 2), 0.9)
+    assert tuple(cfg["mean"]) == (0.5, 0.5, 0.5)
+    assert list(cfg["label_names"]) == ["A", "b9", "b10"]  # timm's order of folders: numbers as numbers, no case
+    assert cfg["label_descriptions"]["b10"] == "ten"
+    assert cfg["tag"] == "test"
+
+
+def test_the_published_weights_come_out_of_a_safetensors_file_again(capsys, tmp_path, run):
+    published = REPO / "weights/mobilenetv2_ulsam.tin200"
+    config = json.loads((published / "config.json").read_text(encoding="utf-8"))
+    labels = tmp_path / "labels.txt"
+    labels.write_text("".join(f"{k}\t{v}\n" for k, v in config["label_descriptions"].items()))
+    recipe = REPO / "weights/recipes/mobilenetv2_ulsam.tin200.yaml"
+    argv = [str(published / "model.safetensors"), "--arch", "mobilenetv2_ulsam", "--tag", "tin200"]
+    argv += ["--labels", str(labels), "--config", str(recipe), "--output", str(tmp_path / "again")]
+    assert main(["package", *argv]) == 0, capsys.readouterr().err
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (published / file).read_bytes(), file
+
+
+def test_classes_are_the_folders_of_the_data(run, capsys, tmp_path):
+    for name in ("Red-Apple", "pear", "Green_Apple"):
+        (tmp_path / "data/train" / name).mkdir(parents=True)
+    argv = ["--data-dir", tmp_path / "data", "--output", tmp_path / "new"]
+    assert package(capsys, run, *argv, labels=False)[0] == 0
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    assert config["label_names"] == ["Green_Apple", "pear", "Red-Apple"]
+    assert config["label_descriptions"]["Red-Apple"] == "Red Apple"
+
+
+def test_options_come_from_beside_a_file_that_holds_none(run, capsys, tmp_path):
+    (run / "args.yaml").write_text(yaml.safe_dump(dict(model=ARCH, img_size=96, model_kwargs=dict(num_splits=2))))
+    code, _, err = package(capsys, run, "--output", tmp_path / "new", checkpoint="plain.safetensors")
+    (run / "args.yaml").unlink()
+    assert code == 0, err
+    assert json.loads((tmp_path / "new/config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 96, 96]
+    state = load_file(tmp_path / "new/model.safetensors")
+    assert torch.equal(state["classifier.bias"], load_file(run / "plain.safetensors")["classifier.bias"])
+
+
+class Attack:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(run, capsys, tmp_path):
+    saved = torch.load(run / "model_best.pth.tar", weights_only=False)
+    torch.save({**saved, "attack": Attack(tmp_path / "attacked")}, tmp_path / "attack.pth.tar")
+    code, out, err = package(capsys, run, "--output", tmp_path / "new", checkpoint=tmp_path / "attack.pth.tar")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "attack.pth.tar holds other objects than tensors and plain values (posix.mkdir), or is damaged" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["attack.pth.tar"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(arch="mobilenetv2_ulsam"), "the checkpoint is of mobilenetv2_ulsam_050, not of mobilenetv2_ulsam"),
+        (dict(arch="resnet50"), "'resnet50' is no model of this zoo"),
+        (dict(argv=["--tag", "no tag"]), "tag 'no tag': accepted are letters"),
+        (dict(labels="a\tb\nc\td\n"), "the checkpoint has 3 classes, 2 are named"),
+        (dict(labels="a\nb\nc\n"), "every line must be the folder of a class, a tab and its name"),
+        (dict(labels="a\t1\na\t2\nb\t3\n"), "names a class twice"),
+        (dict(options=dict(model_kwargs=dict(num_splits=4))), "does not fit mobilenetv2_ulsam_050: "),
+        (dict(options=dict(model_kwargs=dict(nonsense=4))), "cannot be built with the options of the run: "),
+        (dict(options=dict(class_map="map.txt")), "--class-map, which is not supported"),
+        (dict(checkpoint="labels.txt"), "is not a whole checkpoint"),
+        (dict(checkpoint="half"), "is not a whole checkpoint"),
+        (dict(checkpoint="half.safetensors"), "is not a whole checkpoint"),
+        (dict(checkpoint="missing.pth"), "cannot read"),
+        (dict(checkpoint="list.pth"), "holds no weights"),
+        (dict(argv=["--dataset", "tiny-imagenet"]), "--dataset records facts in the checkout; not with --output"),
+        (dict(argv=["--output", "{tmp}"]), "holds something else than README.md, config.json, model.safetensors"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_written(change, message, run, capsys, tmp_path):
+    argv = ["--output", tmp_path / "new", *(a.format(tmp=tmp_path) for a in change.get("argv", []))]
+    if "labels" in change:
+        (tmp_path / "labels.txt").write_text(change["labels"])
+        argv += ["--labels", tmp_path / "labels.txt"]
+    if "options" in change:
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(change["options"]))
+        argv += ["--config", tmp_path / "args.yaml"]
+    checkpoint = change.get("checkpoint", "model_best.pth.tar")
+    whole = (run / "model_best.pth.tar").read_bytes()
+    if checkpoint.startswith("half"):
+        checkpoint = tmp_path / checkpoint
+        checkpoint.write_bytes(((run / "plain.safetensors").read_bytes() if checkpoint.suffix else whole)[:-5000])
+    if checkpoint == "list.pth":
+        checkpoint = tmp_path / checkpoint
+        torch.save([1, 2], checkpoint)
+    (tmp_path / "mine.txt").touch()
+    code, out, err = package(capsys, run, *argv, checkpoint=checkpoint, arch=change.get("arch", ARCH))
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "mine.txt").is_file()
+
+
+def test_in_a_checkout_digest_log_facts_and_card_are_kept(run, checkout, tmp_path):
+    def tool(*argv):
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        command = [sys.executable, "-m", "timm_ulsam", *map(str, argv)]
+        return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+
+    weights, name = checkout / "weights", f"{ARCH}.test"
+    before = (weights / "SHA256SUMS").read_text()
+    argv = ["package", run / "model_best.pth.tar", "--arch", ARCH, "--tag", "test", "--labels", run / "labels.txt"]
+    done = tool(*argv, "--dataset", "tiny-imagenet")
+    assert done.returncode == 0, done.stderr
+    digest = file_digest(weights / name / "model.safetensors")
+    added = f"{digest}  {name}/model.safetensors"
+    assert sorted((weights / "SHA256SUMS").read_text().splitlines()) == sorted([*before.splitlines(), added])
+    assert (weights / "logs" / f"{name}.csv").read_bytes() == (run / "summary.csv").read_bytes()
+    facts = yaml.safe_load((weights / "facts" / f"{name}.yaml").read_text())
+    assert facts == dict(dataset="tiny-imagenet", split="validation", top1=50.0, top5=100.0, epoch=1)
+    assert [line.split(":")[1].split()[0] for line in done.stdout.splitlines()[1:]] == ["write", "timm-ulsam", "put"]
+
+    (weights / "recipes" / f"{name}.yaml").write_text("epochs: 2\nseed: 1\n")
+    done = tool("card", name)
+    assert done.returncode == 0, done.stderr
+    text = (weights / name / "README.md").read_text(encoding="utf-8")
+    assert "**50.00 % / 100.00 %** on the 10,000 validation images" in text
+    assert digest in text
+    assert sorted(path.name for path in (weights / name).iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+    (weights / "facts" / f"{name}.yaml").write_text("dataset: tiny-imagenet\nsplit: validation\n")
+    assert "the facts or the recipe of " + name + " lack 'top1'" in tool("card", name).stderr
+    again = tool(*argv)  # the same name once more: replaced, measured anew
+    assert again.returncode == 0, again.stderr
+    assert (weights / name / "README.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cards_are_current(name):
+    assert card(name) == (REPO / "weights" / name / "README.md").read_text(encoding="utf-8"), (
+        f"write it again: timm-ulsam card {name}"
+    )
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_ulsam.in99", "mobilenetv2_ulsam"])
+def test_a_card_of_no_weights_is_refused(name, capsys):
+    assert main(["card", name]) == 2
+    assert f"there are no weights {name!r}" in capsys.readouterr().err

@@ -1,0 +1,204 @@
+"""Model cards: the README.md of a Hub repository, made from what is recorded of its weights and from nothing else.
+
+`weights/facts/<arch>.<tag>.yaml` records what was measured, `weights/datasets.yaml` the data sets, and
+`weights/recipes/<arch>.<tag>.yaml` the options of train.py; the rest comes from the weights, their config.json and the
+model.
+"""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import model_entrypoint
+
+from .errors import InputError
+from .pretrained import HUB_ORG, WEIGHTS_FILE, file_digest, weights_dir
+from .systems import cost, system_of
+
+_TIMM = "[timm](https://github.com/huggingface/pytorch-image-models)"
+
+
+def facts_file(name: str) -> Path:
+    """Where the facts of the weights `<arch>.<tag>` are recorded, in a checkout."""
+    return weights_dir() / "facts" / f"{name}.yaml"
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file that holds names and values.
+
+    Raises:
+        InputError: If it is missing or something else; names the file.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} must hold names and values")
+    return content
+
+
+def dataset_of(key: str) -> dict[str, Any]:
+    """What `weights/datasets.yaml` records of a data set.
+
+    Raises:
+        InputError: If it is none of them.
+    """
+    datasets = read_yaml(weights_dir() / "datasets.yaml")
+    if key not in datasets:
+        raise InputError(f"unknown data set {key!r}; accepted: {', '.join(datasets)}")
+    return datasets[key]
+
+
+def card(name: str, folder: Path | None = None) -> str:
+    """The model card of the weights `<arch>.<tag>`.
+
+    Args:
+        name: Of the weights.
+        folder: Holds model.safetensors and config.json; `weights/<arch>.<tag>/` by default.
+
+    Raises:
+        InputError: If the facts, the recipe, the weights or an entry of them are missing; names what.
+    """
+    folder = folder or weights_dir() / name
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise InputError(f"there are no weights {name!r} in {folder}")
+    facts = read_yaml(facts_file(name))
+    recipe = read_yaml(weights_dir() / "recipes" / f"{name}.yaml")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        return _head(name, facts, config) + _text(name, folder, facts, recipe, config)
+    except KeyError as error:
+        raise InputError(f"the facts or the recipe of {name} lack {error}") from error
+
+
+def write_card(name: str) -> Path:
+    """Write the model card into the folder of the weights; returns the file.
+
+    Raises:
+        InputError: As `card`.
+    """
+    text = card(name)
+    file = weights_dir() / name / "README.md"
+    temporary = file.with_name(".README.md.part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+    return file
+
+
+def _head(name: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
+    data = dataset_of(facts["dataset"])
+    dataset = data.get("hub", facts["dataset"])
+    measured = {"top-1": facts["top1"], "top-5": facts["top5"]}
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": data["name"], "type": dataset, "split": facts["split"]},
+        "metrics": [{"type": "accuracy", "name": key, "value": value} for key, value in measured.items()],
+    }
+    head: dict[str, Any] = {
+        "library_name": "timm",
+        "license": config["pretrained_cfg"]["license"],
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "timm-ulsam"],
+        "datasets": [dataset],
+        "metrics": ["accuracy"],
+    }
+    if "started_from" in facts:
+        head["base_model"] = f"{HUB_ORG}/{facts['started_from']}"
+    head["model-index"] = [{"name": name, "results": [result]}]
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any], config: dict[str, Any]) -> str:
+    arch = config["architecture"]
+    data, cfg = dataset_of(facts["dataset"]), config["pretrained_cfg"]
+    folder_of_data, split, size = facts["dataset"], facts["split"], cfg["input_size"][-1]
+    system = system_of(arch)
+    papers = ", ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in system.papers)
+    model_args = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
+    model_cost = cost(timm.create_model(arch, device="meta", **model_args), size)
+    file = folder / WEIGHTS_FILE
+    start = f"fine-tuned from `{facts['started_from']}`" if "started_from" in facts else "trained from scratch"
+    last = ": the last" if facts["epoch"] == recipe["epochs"] - 1 else ""
+    measured = f"the {data['images'][split]:,} {split} images of {data['name']}"
+
+    hardware = f" on {facts['hardware']}" if "hardware" in facts else ""
+    described = (model_entrypoint(arch).__doc__ or f"{arch}.").strip().splitlines()[0]
+    summary = f"""{described} The system is {system.name}, {papers}: {system.changes}. These weights were {start} on
+        {data["name"]} at {size} px. A model of {_TIMM} with the plugin timm-ulsam installed."""
+    trained = f"""{recipe["epochs"]} epochs{hardware} with timm's train.py and the recipe
+        `weights/recipes/{name}.yaml` of the timm-ulsam repository, one run, seed {recipe["seed"]}; the log is
+        `weights/logs/{name}.csv`. The weights are those of the epoch with the best validation accuracy
+        (`model_best.pth.tar`, epoch {facts["epoch"]}, counted from 0{last})."""
+    device = f"""Add `--device cpu` to validate.py where there is no GPU. `{folder_of_data}/` is an ImageFolder tree:
+        {data["tree"]}."""
+    authors = f"{facts['authors']}: " if "authors" in facts else ""
+    venue = f"{facts['venue']}. " if "venue" in facts else ""
+    paper = f"{authors}*{cfg['paper_name']}*. {venue}{papers}."
+    notes = "\n".join(_wrapped(note, "- ", "  ") for note in [*facts.get("notes", []), data["terms"]])
+    return f"""# {name}
+
+{_wrapped(summary)}
+
+| | |
+| --- | --- |
+| top-1 / top-5 | **{facts["top1"]:.2f} % / {facts["top5"]:.2f} %** on {measured} |
+| classes | {config["num_classes"]}, labelled by {data["labels"]}; their English names are in `config.json` |
+| parameters | {model_cost.parameters:,} |
+| multiply-adds | {model_cost.macs / 1e6:,.2f}M at {size}x{size} |
+| input | {_input(cfg)} |
+| file | `{WEIGHTS_FILE}`, {file.stat().st_size / 1e6:.1f} MB, SHA-256 `{file_digest(file)}` |
+
+```python
+import timm
+
+model = timm.create_model("{name}", pretrained=True).eval()
+backbone = timm.create_model("{name}", pretrained=True, num_classes=10)  # to fine-tune
+```
+
+## How it was trained and measured
+
+{_wrapped(trained)}
+
+```sh
+python train.py --config weights/recipes/{name}.yaml --data-dir {folder_of_data}
+python validate.py --data-dir {folder_of_data} --split {split} --model {name} --pretrained
+```
+
+{_wrapped(device)}
+
+## What to know
+
+{notes}
+
+## Paper
+
+{_wrapped(paper)}
+"""
+
+
+def _input(cfg: dict[str, Any]) -> str:
+    height, width = cfg["input_size"][1:]
+    if (tuple(cfg["mean"]), tuple(cfg["std"])) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        normalization = "ImageNet mean and standard deviation"
+    else:
+        normalization = f"mean {tuple(cfg['mean'])}, standard deviation {tuple(cfg['std'])}"
+    share = "the whole shorter side" if cfg["crop_pct"] == 1 else "of the shorter side"
+    return f"{height}x{width}, {cfg['interpolation']}, {share} (`crop_pct` {cfg['crop_pct']}), {normalization}"
+
+
+def _wrapped(text: str, first: str = "", rest: str = "") -> str:
+    return textwrap.fill(
+        " ".join(text.split()),
+        width=120,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

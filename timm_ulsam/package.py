@@ -1,0 +1,310 @@
+"""Turn a checkpoint of timm's train.py into `weights/<arch>.<tag>/`, the Hub repository of that model."""
+
+import argparse
+import csv
+import json
+import pickle
+import re
+import shutil
+import tempfile
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict, save_for_hf
+from timm.utils import natural_key
+from torch import nn
+
+from . import models  # noqa: F401  (registers them)
+from .card import dataset_of, facts_file, read_yaml, write_card
+from .errors import InputError
+from .models._build import check_fits
+from .pretrained import WEIGHTS_FILE, file_digest, record_digest, weights_dir
+from .publish import FILES
+from .zoo import model_names
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """What was written.
+
+    Attributes:
+        folder: Laid out as a Hub repository.
+        classes: Number of classes.
+        source: Which weights of the checkpoint they are.
+        digest: SHA-256 of model.safetensors.
+        left_to_do: What the zoo still lacks of these weights.
+    """
+
+    folder: Path
+    classes: int
+    source: str
+    digest: str
+    left_to_do: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as read.
+
+    Attributes:
+        state: The weights, under the model's own keys.
+        source: Which weights of the file they are.
+        options: Options of train.py, {} if it does not hold them.
+        epoch: Counted from 0; None if it is not known.
+    """
+
+    state: dict[str, torch.Tensor]
+    source: str
+    options: dict[str, Any]
+    epoch: int | None
+
+
+def package(
+    checkpoint: str | Path,
+    arch: str,
+    tag: str,
+    *,
+    labels: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    dataset: str | None = None,
+    config: str | Path | None = None,
+    output: str | Path | None = None,
+) -> Packaged:
+    """Write model.safetensors, config.json and, where the facts are recorded, the model card.
+
+    In a checkout the folder is `weights/<arch>.<tag>/`; its digest is recorded in `weights/SHA256SUMS`, the log of the
+    run beside the checkpoint is kept in `weights/logs/`, and what it measured of this epoch becomes recorded fact.
+
+    Args:
+        checkpoint: Of train.py, or weights in safetensors.
+        arch: Name of a model of the zoo.
+        tag: Name of the weights.
+        labels: File that names the classes: in every line the folder, a tab, the name. Either this or `data_dir`.
+        data_dir: Data whose folders are the classes; those of `train/`, if there is one.
+        dataset: Entry of `weights/datasets.yaml` that accuracy was measured on; by default that of the recorded facts.
+        config: Options of train.py; by default those in the checkpoint, then args.yaml beside it.
+        output: Folder to write, in the place of the one in the checkout; nothing else is recorded then.
+
+    Raises:
+        InputError: If an argument does not fit, or the checkpoint cannot be read without running code, is not of this
+            architecture, or has other classes. Nothing is written then.
+    """
+    if arch not in model_names():
+        raise InputError(f"{arch!r} is no model of this zoo; see timm-ulsam list")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", tag):
+        raise InputError(f"tag {tag!r}: accepted are letters, digits, _ and -")
+    if (labels is None) == (data_dir is None):
+        raise InputError("give the classes either as labels or as data_dir")
+    name, in_zoo = f"{arch}.{tag}", output is None
+    if in_zoo and not (weights_dir() / "facts").is_dir():
+        raise InputError(f"{weights_dir()} is not a checkout's: name a folder to write with --output")
+    if dataset is not None:
+        if not in_zoo:
+            raise InputError("--dataset records facts in the checkout; not with --output")
+        dataset_of(dataset)
+    folder = weights_dir() / name if in_zoo else Path(output)
+    _check_free(folder)
+
+    path = Path(checkpoint)
+    names = _labels(Path(labels)) if labels is not None else _class_folders(Path(data_dir))
+    read = read_checkpoint(path)
+    options = _options(path, read, config)
+    model, data = _fitted(read, options, arch, tag, names)
+
+    facts = _facts(name, dataset, path, read, options) if in_zoo else {}
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".package-") as temporary:
+        new = Path(temporary) / "new"
+        _save(model, data, tag, names, new)
+        digest = file_digest(new / WEIGHTS_FILE)
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        new.rename(folder)
+    left_to_do = ()
+    if in_zoo:
+        record_digest(name, digest)
+        left_to_do = _record(name, path, facts)
+    return Packaged(folder, len(names), read.source, digest, left_to_do)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint of train.py, or a safetensors file; no object is unpickled but tensors and plain values.
+
+    Raises:
+        InputError: If it cannot be read, holds anything else, or no weights.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return Checkpoint(load_file(path), "its weights", {}, None)
+        # train.py keeps its options as a namespace, which holds values and runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f" ({named[1]})" if named else ""
+        raise InputError(
+            f"{path} holds other objects than tensors and plain values{found}, or is damaged; reading those could run "
+            "code, so it is refused: save its weights as safetensors where it comes from"
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file may fail anywhere
+        raise InputError(f"{path} is not a whole checkpoint: {error}") from error
+    if not isinstance(saved, dict):
+        raise InputError(f"{path} holds no weights")
+    options = saved.get("args") or {}
+    options = vars(options) if isinstance(options, argparse.Namespace) else dict(options)
+    for key, source in (("state_dict_ema", "its EMA weights"), ("state_dict", "its weights")):
+        if saved.get(key):
+            return Checkpoint(clean_state_dict(saved[key]), source, options, saved.get("epoch"))
+    if not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
+        raise InputError(f"{path} holds no weights; accepted: a checkpoint of train.py, or a state dict")
+    return Checkpoint(clean_state_dict(saved), "its weights", {}, None)
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {*FILES}):
+        raise InputError(f"{folder} holds something else than {', '.join(FILES)}; it is not replaced")
+
+
+def _labels(file: Path) -> dict[str, str]:
+    try:
+        rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = dict(rows)
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{file}: every line must be the folder of a class, a tab and its name") from error
+    if len(names) != len(rows):
+        raise InputError(f"{file} names a class twice")
+    return _in_order(names)
+
+
+def _class_folders(data: Path) -> dict[str, str]:
+    data = data / "train" if (data / "train").is_dir() else data
+    if not data.is_dir():
+        raise InputError(f"there is no folder {data}")
+    names = {path.name: re.sub("[-_]+", " ", path.name) for path in data.iterdir() if path.is_dir()}
+    if not names:
+        raise InputError(f"{data} holds no folders, of which each would be a class")
+    return _in_order(names)
+
+
+def _in_order(names: dict[str, str]) -> dict[str, str]:
+    """Classes as timm's reader of image folders counts them."""
+    return dict(sorted(names.items(), key=lambda item: natural_key(item[0])))
+
+
+def _options(path: Path, read: Checkpoint, config: str | Path | None) -> dict[str, Any]:
+    beside = path.parent / "args.yaml"
+    if config is not None:
+        options = read_yaml(Path(config))
+    elif read.options or not beside.is_file():
+        options = read.options
+    else:
+        options = read_yaml(beside)
+    if options.get("class_map"):
+        raise InputError("the run counted its classes by a --class-map, which is not supported")
+    return options
+
+
+def _fitted(
+    read: Checkpoint, options: dict[str, Any], arch: str, tag: str, names: dict[str, str]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with the weights of the checkpoint, and how its images are prepared."""
+    trained = options.get("model")
+    if trained and trained.partition(".")[0] != arch:
+        raise InputError(f"the checkpoint is of {trained}, not of {arch}")
+    given = {"in_chans": options.get("in_chans"), "global_pool": options.get("gp")}
+    try:
+        model = timm.create_model(
+            arch,
+            num_classes=len(names),
+            **{key: value for key, value in given.items() if value is not None},
+            **(options.get("model_kwargs") or {}),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{arch} cannot be built with the options of the run: {error}") from error
+    classifier = model.pretrained_cfg.get("classifier")
+    if isinstance(classifier, str) and f"{classifier}.weight" in read.state:
+        trained_classes = len(read.state[f"{classifier}.weight"])
+        if trained_classes != len(names):
+            raise InputError(f"the checkpoint has {trained_classes} classes, {len(names)} are named")
+    try:
+        check_fits(read.state, model)
+    except RuntimeError as error:
+        raise InputError(textwrap.shorten(f"the checkpoint does not fit {arch}: {error}", 1000)) from error
+    model.load_state_dict(read.state)
+
+    data = resolve_data_config(options, model=model)
+    height, width = data["input_size"][1:]
+    if tuple(data["input_size"]) != tuple(model.pretrained_cfg["input_size"]) and hasattr(model, "feature_info"):
+        stride = model.feature_info[-1]["reduction"]
+        model.pretrained_cfg["pool_size"] = (-(-height // stride), -(-width // stride))
+    model.pretrained_cfg.update(tag=tag, input_size=data["input_size"])
+    for key in ("label_names", "label_descriptions"):
+        model.pretrained_cfg.pop(key, None)  # those of the tag that is the default now
+    return model, data
+
+
+def _save(model: nn.Module, data: dict[str, Any], tag: str, names: dict[str, str], folder: Path) -> None:
+    described = {
+        "pretrained_cfg": {"tag": tag, "num_classes": len(names)},
+        "label_names": list(names),
+        "label_descriptions": names,
+    }
+    save_for_hf(model, str(folder), model_config=described, data_config=data, safe_serialization=True)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    # transformers gives the number of classes to timm itself, and chokes where it is given twice
+    config.get("model_args", {}).pop("num_classes", None)
+    config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """The facts with what the run measured at this epoch; {} if nothing is to be recorded."""
+    old = read_yaml(facts_file(name)) if facts_file(name).is_file() else {}
+    split = options.get("val_split", "validation")
+    if dataset is None and (not old or old.get("split") != split):
+        return {}
+    log = path.parent / "summary.csv"
+    try:
+        with log.open(encoding="utf-8", newline="") as opened:
+            row = {int(row["epoch"]): row for row in csv.DictReader(opened)}[read.epoch]
+        top1, top5 = (round(float(row[key]), 2) for key in ("eval_top1", "eval_top5"))
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{log} does not say what was measured at epoch {read.epoch}") from error
+    new = {"dataset": dataset or old["dataset"], "split": split, "top1": top1, "top5": top5, "epoch": read.epoch}
+    return {**old, **new}
+
+
+def _record(name: str, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
+    """Keep the log and the facts, write the card; returns what is left to do by hand."""
+    file, recipe = facts_file(name), weights_dir() / "recipes" / f"{name}.yaml"
+    arch, _, tag = name.partition(".")
+    steps = []
+    log = path.parent / "summary.csv"
+    if log.is_file():
+        (weights_dir() / "logs").mkdir(exist_ok=True)
+        shutil.copyfile(log, weights_dir() / "logs" / f"{name}.csv")
+    if facts and not (file.is_file() and read_yaml(file) == facts):  # what stands there may have comments
+        file.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    if not facts:
+        steps.append(f"measure it and record that in {file}")
+    if not recipe.is_file():
+        steps.append(f"write {recipe}")
+    try:
+        write_card(name)
+    except InputError as error:
+        steps.append(f"timm-ulsam card {name}, when this is mended: {error}")
+    if name not in timm.list_pretrained(arch):
+        steps.append(f"put the tag {tag!r} into default_cfgs of {timm.models.model_entrypoint(arch).__module__}")
+    return tuple(steps)
