@@ -1,6 +1,6 @@
 """Rows of the other systems: their models beside the same network without the system.
 
-A folded model must be as fast as that network, which it then is, but for names; DBB and RepMLP have fewer norms left.
+A folded model must be as fast as that network. DO-Conv's then is that network, but for names; DBB's has no norms left.
 """
 
 import copy
@@ -33,8 +33,8 @@ _MODELS = (
     "repmlpnet_t224",
     "shufflenetv2_100_weightnet",
 )
-# How many times the time of the network without it a folded model may take; RepMLP's is another network.
-_FOLDING = {"doconv": 1.02, "dbb": 1.02, "repmlp": None}
+# How many times the time of the network without it a folded model may take.
+_FOLDING = {"doconv": 1.02, "dbb": 1.02, "repmlp": 1.02, "psconv": None}
 
 How = Literal["infer", "train"]
 _WORDS = {"infer": "inference", "train": "training step"}
