@@ -103,7 +103,7 @@ def rows() -> list[Row]:
     """Rows of the other systems."""
     made = []
     for name in _MODELS:
-        made.append(_row(name, "infer", 1, False, seconds=10))
-        made.append(_row(name, "infer", 8, True, seconds=20))
-        made.append(_row(name, "train", 8, True, seconds=25))
+        made.append(_row(name, "infer", 1, False, seconds=6))
+        made.append(_row(name, "infer", 8, True, seconds=12))
+        made.append(_row(name, "train", 8, True, seconds=15))
     return [row for row in made if row.comparisons]

@@ -332,3 +332,19 @@ def test_an_unfolded_state_does_not_load_into_a_folded_layer():
     layer.reparameterize()
     with pytest.raises(RuntimeError, match=r"Missing key.*dbb_reparam.weight"):
         layer.load_state_dict(state)
+
+
+def test_a_stem_in_channels_last_has_the_right_gradients(python):
+    # in a process of its own: a strided 1x1 convolution of three channels may crash there
+    python(
+        "import torch\n"
+        "from timm_ulsam.layers import DiverseBranchBlock\n"
+        "torch.manual_seed(0)\n"
+        "layer, x, seed = DiverseBranchBlock(3, 32, 3, 2), torch.randn(8, 3, 224, 224), torch.randn(8, 32, 112, 112)\n"
+        "gradients = []\n"
+        "for memory_format in (torch.contiguous_format, torch.channels_last):\n"
+        "    layer.zero_grad()\n"
+        "    (layer.to(memory_format=memory_format)(x.to(memory_format=memory_format)) * seed).sum().backward()\n"
+        "    gradients.append(layer.dbb_1x1.conv.weight.grad.clone())\n"
+        "assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[0].abs().max()\n"
+    )

@@ -153,7 +153,7 @@ SYSTEMS = (
             "resnext50_32x4d_psconv": "resnext50_32x4d",
             "resnext101_32x4d_psconv": "resnext101_32x4d",
         },
-        changes="the 3x3 convolutions of the bottlenecks spread dilations over their channels",
+        changes="the 3x3 convolutions of the bottlenecks have dilations 1, 2, 1 and 4 over parts of their channels",
         use="objects of many scales: the authors' checkpoints are detection backbones",
         papers=("2007.06191",),
         repository="d-li14/PSConv",
@@ -214,7 +214,7 @@ SYSTEMS = (
         ),
         papers=("2007.11823",),
         repository="megvii-model/WeightNet",
-        licence="none stated",
+        licence="MIT and Apache-2.0 (headers of one file)",
     ),
 )
 

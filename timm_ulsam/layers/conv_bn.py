@@ -106,7 +106,10 @@ class ConvBN(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         padding = dilation * (kernel_size // 2) if padding is None else padding
-        geometry = kernel_size, stride, padding, dilation, groups
+        # oneDNN's gradient for a strided 1x1 convolution of fewer channels than it has in a block writes past its memory,
+        # in channels_last (https://github.com/uxlfoundation/oneDNN/issues/6035): positions are left out before it
+        self.step = stride if kernel_size == 1 and padding == 0 and in_channels // groups < 16 else 1
+        geometry = kernel_size, stride // self.step, padding, dilation, groups
         self.conv = nn.Conv2d(in_channels, out_channels, *geometry, bias=False, **dd)
         self.bn = checked_norm(norm_layer, out_channels, **dd)
 
@@ -116,11 +119,13 @@ class ConvBN(nn.Module):
         pair = cls.__new__(cls)
         nn.Module.__init__(pair)
         pair.in_channels, pair.out_channels = conv.in_channels, conv.out_channels
-        pair.conv, pair.bn = conv, bn
+        pair.conv, pair.bn, pair.step = conv, bn, 1
         return pair.train(conv.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)
+        if self.step > 1:
+            x = x[:, :, :: self.step, :: self.step]
         return self.bn(self.conv(x))
 
     def can_fold(self) -> bool:
