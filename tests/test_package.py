@@ -29,7 +29,9 @@ def run(tmp_path_factory):
     ema = {key: value + 1 if value.is_floating_point() else value for key, value in model.state_dict().items()}
     saved = dict(epoch=1, arch=ARCH, state_dict=model.state_dict(), state_dict_ema=ema, version=2, metric=50.0)
     torch.save({**saved, "args": argparse.Namespace(**options)}, folder / "model_best.pth.tar")
-    (folder / "summary.csv").write_text("epoch,eval_top1,eval_top5\n0,10.0,20.0\n1,50.0,99.999\n")
+    (folder / "summary.csv").write_text(
+        "epoch,eval_top1,eval_top5\n0,10.0,20.0\nepoch,eval_top1,eval_top5\n1,50.0,99.999\n"
+    )
     (folder / "labels.txt").write_text(LABELS)
     save_file(model.state_dict(), folder / "plain.safetensors")
     return folder

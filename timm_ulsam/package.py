@@ -278,7 +278,9 @@ def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options
     log = path.parent / "summary.csv"
     try:
         with log.open(encoding="utf-8", newline="") as opened:
-            row = {int(row["epoch"]): row for row in csv.DictReader(opened)}[read.epoch]
+            # a resumed run writes the head again
+            rows = [row for row in csv.DictReader(opened) if row["epoch"] != "epoch"]
+        row = {int(row["epoch"]): row for row in rows}[read.epoch]
         top1, top5 = (round(float(row[key]), 2) for key in ("eval_top1", "eval_top5"))
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{log} does not say what was measured at epoch {read.epoch}") from error

@@ -106,7 +106,7 @@ class ConvBN(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         padding = dilation * (kernel_size // 2) if padding is None else padding
-        # oneDNN's gradient for a strided 1x1 convolution of fewer channels than it has in a block writes past its memory,
+        # oneDNN's gradient for a strided 1x1 convolution of fewer channels than its blocks hold writes past its memory
         # in channels_last (https://github.com/uxlfoundation/oneDNN/issues/6035): positions are left out before it
         self.step = stride if kernel_size == 1 and padding == 0 and in_channels // groups < 16 else 1
         geometry = kernel_size, stride // self.step, padding, dilation, groups

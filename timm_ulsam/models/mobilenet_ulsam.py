@@ -201,6 +201,13 @@ default_cfgs = generate_default_cfgs(
             crop_pct=1.0,
             **weights_cfg("mobilenetv2_ulsam.tin200"),
         ),
+        "mobilenetv2_ulsam.tin200_96": _cfg(
+            num_classes=200,
+            input_size=(3, 96, 96),
+            pool_size=(3, 3),
+            crop_pct=1.0,
+            **weights_cfg("mobilenetv2_ulsam.tin200_96"),
+        ),
         "mobilenetv2_ulsam.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_s.untrained": _cfg(),
         # A name without a tag gives weights that classify as they are. Of the initializations only this one does, so it
