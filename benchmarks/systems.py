@@ -9,7 +9,7 @@ from typing import Literal
 
 import timm
 import torch
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_ulsam.systems import image_size, system_of

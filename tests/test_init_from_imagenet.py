@@ -156,7 +156,7 @@ def test_the_large_one_gives_the_plain_networks_logits(create, plain):
     network, _ = plain[SOURCES[LARGE]]
     model = create(LARGE)
     assert difference(model, network) < 1e-4
-    assert difference(timm.models.reparameterize_model(model.eval()), network) < 1e-4
+    assert difference(timm.utils.reparameterize_model(model.eval()), network) < 1e-4
 
 
 def test_at_another_size_they_differ_by_the_change_of_the_constant(create, plain):
@@ -243,7 +243,7 @@ def test_what_was_fine_tuned_loads_as_it_was_saved(folded, create, tmp_path):
     for parameter in model.parameters():
         nn.init.uniform_(parameter, 0.1, 0.2)
     if folded:
-        timm.models.reparameterize_model(model, inplace=True)
+        timm.utils.reparameterize_model(model, inplace=True)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert again.pretrained_cfg["tag"] == "ra_in1k_init"
