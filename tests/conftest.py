@@ -8,6 +8,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
+# all weights and their records, of which an installed package carries a part
+os.environ["TIMM_ULSAM_WEIGHTS"] = str(REPO / "weights")
 
 
 @pytest.fixture
@@ -17,7 +19,9 @@ def python(tmp_path):
     def run(
         code: str, *, warnings: str = "error::RuntimeWarning", cwd: Path = tmp_path, check: bool = True, **env: str
     ):
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": warnings, **env}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": warnings}
+        del environment["TIMM_ULSAM_WEIGHTS"]  # here the installed package is on its own
+        environment.update(env)
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
         )

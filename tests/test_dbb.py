@@ -348,3 +348,14 @@ def test_a_stem_in_channels_last_has_the_right_gradients(python):
         "    gradients.append(layer.dbb_1x1.conv.weight.grad.clone())\n"
         "assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[0].abs().max()\n"
     )
+
+
+@pytest.mark.parametrize("channels", [8, 32])
+def test_a_strided_kernel_of_one_position_folds_too(channels):
+    layer = DiverseBranchBlock(channels, 16, 1, 2, dtype=torch.float64)
+    x = torch.randn(2, channels, 9, 7, dtype=torch.float64)
+    layer(x)  # statistics of its own
+    expected = layer.eval()(x)
+    assert expected.shape == (2, 16, 5, 4)
+    layer.reparameterize()
+    assert_close(layer(x), expected, 1e-12)

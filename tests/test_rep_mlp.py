@@ -312,3 +312,8 @@ def test_inputs_that_do_not_fit_are_refused():
         layer(torch.randn(1, 8, 3, 8))
     with pytest.raises(ValueError, match=r"shape \[8, 6, 8\]"):
         layer(torch.randn(8, 6, 8))
+
+
+def test_kernel_sizes_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="kernel_sizes=3: accepted are different odd positive integers"):
+        RepMLPBlock(8, 3, 3, kernel_sizes=3)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from timm_ulsam.layers import DOConv2d, PSConv2d, replace_convs
+from timm_ulsam.layers import DiverseBranchBlock, DOConv2d, PSConv2d, WeightNetConv2d, replace_convs
 
 
 def small(**kwargs) -> nn.Sequential:
@@ -167,3 +167,11 @@ def test_the_convolutions_inside_a_new_layer_are_not_replaced():
     replace_convs(model, PSConv2d)
     assert dict(model[0].named_modules()) == inner
     assert type(model[1]) is PSConv2d
+
+
+@pytest.mark.parametrize("layer", [DOConv2d, PSConv2d, DiverseBranchBlock, WeightNetConv2d])
+def test_what_is_frozen_stays_frozen(layer):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)).requires_grad_(False)
+    replace_convs(model, layer)
+    assert type(model[0]) is layer
+    assert not any(p.requires_grad for p in model.parameters())

@@ -284,3 +284,9 @@ def test_pruned_models_and_feature_extractors_give_the_stages_of_the_whole_model
     assert len(model.stages) == 2
     assert model.num_features == 16
     torch.testing.assert_close(model(x), maps[1])
+
+
+def test_layers_may_be_named_as_for_timms_models():
+    model = timm.create_model("smt_tiny", act_layer="relu", norm_layer="layernorm2d", num_classes=3).eval()
+    assert any(isinstance(m, nn.ReLU) for m in model.modules())
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)

@@ -311,3 +311,9 @@ def test_channels_last_stays(name):
 def test_device_and_dtype_are_passed_down():
     layer = WeightNetConv2d(8, 8, 3, bias=True, device="meta", dtype=torch.float16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float16)}
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_an_empty_batch_passes(kernel_size):
+    layer = WeightNetConv2d(8, 12, kernel_size).eval()
+    assert layer(torch.randn(0, 8, 9, 7)).shape == (0, 12, 9, 7)

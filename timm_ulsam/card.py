@@ -124,6 +124,8 @@ def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any]
     model_args = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
     model_cost = cost(timm.create_model(arch, device="meta", **model_args), size)
     file = folder / WEIGHTS_FILE
+    if "started_from" not in facts and (recipe.get("pretrained") or recipe.get("initial_checkpoint")):
+        raise InputError(f"{facts_file(name)} lacks started_from: the recipe of {name} starts from weights")
     start = f"fine-tuned from `{facts['started_from']}`" if "started_from" in facts else "trained from scratch"
     last = ": the last" if facts["epoch"] == recipe["epochs"] - 1 else ""
     measured = f"the {data['images'][split]:,} {split} images of {data['name']}"

@@ -304,6 +304,8 @@ def _record(name: str, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     if not recipe.is_file():
         steps.append(f"write {recipe}")
     try:
+        if not facts:
+            raise InputError(f"{file} is not of this run")
         write_card(name)
     except InputError as error:
         steps.append(f"timm-ulsam card {name}, when this is mended: {error}")

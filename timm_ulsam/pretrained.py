@@ -8,6 +8,7 @@ a wheel carries it inside, with the weight files of the default tags only. What 
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -31,7 +32,10 @@ _SUMS_FILE = "SHA256SUMS"
 
 
 def weights_dir() -> Path:
-    """The folder that holds `<arch>.<tag>/`: inside the installed package, else beside it."""
+    """The folder that holds `<arch>.<tag>/`: `TIMM_ULSAM_WEIGHTS`, else inside the installed package or beside it."""
+    named = os.environ.get("TIMM_ULSAM_WEIGHTS")
+    if named:
+        return Path(named)
     package = Path(__file__).resolve().parent
     inside = package / "weights"
     return inside if (inside / _SUMS_FILE).is_file() else package.parent / "weights"

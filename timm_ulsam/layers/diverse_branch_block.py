@@ -260,6 +260,9 @@ class DiverseBranchBlock(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
 
+        # all branches of a 1x1 kernel see every stride-th position alone, which are taken once, before them
+        self.step = stride if kernel_size == 1 else 1
+        stride //= self.step
         geometry = kernel_size, stride, centred, dilation, groups
         self.dbb_reparam = None
         self.dbb_origin = ConvBN(in_channels, out_channels, *geometry, norm_layer=norm_layer, **dd)
@@ -295,7 +298,7 @@ class DiverseBranchBlock(nn.Module):
             origin.bn.weight.copy_((origin.bn.running_var + origin.bn.eps).sqrt())
             if conv.bias is not None:
                 origin.bn.bias.copy_(conv.bias)
-        return layer.train(conv.training)
+        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
     def zero_init_branches(self, origin: bool = True) -> None:
         """Set the weight of the batch norm that ends a branch to zero, in all of them or all but the k x k branch."""
@@ -311,6 +314,8 @@ class DiverseBranchBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)
+        if self.step > 1:
+            x = x[:, :, :: self.step, :: self.step]
         if self.dbb_reparam is not None:
             y = self.dbb_reparam(x)
         else:

@@ -216,7 +216,7 @@ class PSConv2d(nn.Module):
                 layer.conv.bias.copy_(conv.bias)
                 layer.gwconv.bias.zero_()
                 layer.gwconv_shift.bias.zero_()
-        return layer.train(conv.training)
+        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
     def reparameterize(self) -> None:
         """Leave out the zeros of `conv`, in place, for inference: `--reparam` of timm's scripts.

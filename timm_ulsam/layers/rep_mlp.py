@@ -42,7 +42,7 @@ def check_kernel_sizes(kernel_sizes: Iterable[int]) -> tuple[int, ...]:
     Raises:
         ValueError: Names the argument and the accepted values.
     """
-    sizes = tuple(kernel_sizes)
+    sizes = tuple(kernel_sizes) if isinstance(kernel_sizes, Iterable) else (None,)
     if not all(is_positive(k) and k % 2 == 1 for k in sizes) or len(set(sizes)) != len(sizes):
         raise ValueError(f"kernel_sizes={kernel_sizes!r}: accepted are different odd positive integers")
     return sizes

@@ -112,6 +112,8 @@ def conv2d_scaled(
             # a number of groups that hangs on the batch would fix the size of the batch
             if torch.jit.is_tracing() or torch.compiler.is_compiling():
                 per_sample = channels % parts != 0
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling() and n == 0:
+        return F.conv2d(x, weight, None, stride, padding, dilation, groups)  # no sample, no group
     if per_sample:
         kernel = scale.reshape(n, out_channels * parts, 1) * weight.reshape(out_channels * parts, -1)
         kernel = kernel.reshape(n, out_channels, channels, kh, kw)
@@ -396,7 +398,7 @@ class WeightNetConv2d(nn.Module):
             wnet.wn_fc2.weight.copy_(weight.expand_as(wnet.wn_fc2.weight))
             if conv.bias is not None:
                 wnet.bias.copy_(conv.bias)
-        return layer.train(conv.training)
+        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}"

@@ -344,7 +344,7 @@ def repmlpnet_t224(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
 
 @register_model
 def repmlpnet_t256(pretrained: bool = False, **kwargs: Any) -> RepMLPNet:
-    """RepMLPNet-T at 256 px: 58.7 M parameters, 4.2 G multiply-adds."""
+    """RepMLPNet-T at 256 px: 58.7 M parameters, 4.3 G multiply-adds."""
     model_args = dict(num_sharesets=(1, 4, 16, 128))
     return _create_repmlpnet("repmlpnet_t256", pretrained, 256, 64, 6, **dict(model_args, **kwargs))
 

@@ -10,7 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates, create_classifier
+from timm.layers import (
+    LayerNorm2d,
+    LayerType,
+    calculate_drop_path_rates,
+    create_classifier,
+    get_act_layer,
+    get_norm_layer,
+)
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -18,7 +25,7 @@ from torch import nn
 from ..layers._checks import check_positive
 from ..layers.scale_aware_modulation import ScaleAwareModulation, init_linear_or_conv
 from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
-from ._smt_blocks import Block, Downsample, Layer, SelfAttention, Stem
+from ._smt_blocks import Block, Downsample, SelfAttention, Stem
 
 __all__ = ["SMT"]
 
@@ -108,13 +115,14 @@ class SMT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        act_layer: Layer = nn.GELU,
-        norm_layer: Layer = LayerNorm2d,
+        act_layer: LayerType = nn.GELU,
+        norm_layer: LayerType = LayerNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
         _check_stages(
             depths,
             embed_dims=embed_dims,
