@@ -12,6 +12,13 @@ SHARED = REPO.parent / "shared"
 os.environ["TIMM_ULSAM_WEIGHTS"] = str(REPO / "weights")
 
 
+def own_environment(**env: str) -> dict[str, str]:
+    """Environment of a process whose package finds its weights by itself."""
+    environment = {**os.environ, **env}
+    del environment["TIMM_ULSAM_WEIGHTS"]
+    return environment
+
+
 @pytest.fixture
 def python(tmp_path):
     """Run code in a fresh interpreter, away from the checkout: what is imported is the installed package."""
@@ -19,9 +26,7 @@ def python(tmp_path):
     def run(
         code: str, *, warnings: str = "error::RuntimeWarning", cwd: Path = tmp_path, check: bool = True, **env: str
     ):
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": warnings}
-        del environment["TIMM_ULSAM_WEIGHTS"]  # here the installed package is on its own
-        environment.update(env)
+        environment = own_environment(**{"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": warnings, **env})
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
         )

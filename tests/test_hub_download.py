@@ -3,14 +3,13 @@
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
-from conftest import REPO
+from conftest import REPO, own_environment
 from hub_server import Hub
 
 from timm_ulsam.pretrained import recorded_digests
@@ -62,7 +61,7 @@ def hub():
 
 def fresh(hub, tmp_path, *argv, **env):
     environment = {
-        **os.environ,
+        **own_environment(),
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "0",

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import REPO
+from conftest import REPO, own_environment
 from safetensors.torch import load_file, save_file
 
 from timm_ulsam.card import card
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(change, message, run, 
 
 def test_in_a_checkout_digest_log_facts_and_card_are_kept(run, checkout, tmp_path):
     def tool(*argv):
-        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        environment = own_environment(PYTHONPATH=str(checkout))
         command = [sys.executable, "-m", "timm_ulsam", *map(str, argv)]
         return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
 

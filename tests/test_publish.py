@@ -1,9 +1,8 @@
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, own_environment
 from hub_server import Hub
 
 from timm_ulsam.pretrained import recorded_digests
@@ -25,7 +24,7 @@ def publish(hub, tmp_path):
 
     def run(*argv, org="timm-ulsam", name=NAME, cwd=tmp_path, **env):
         environment = {
-            **os.environ,
+            **own_environment(),
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "home"),
             "HF_TOKEN": "hf_writer",
