@@ -114,10 +114,7 @@ SYSTEMS = (
             "a backbone: depthwise convolutions of growing kernel modulate features in early stages, "
             "self-attention takes over in late ones"
         ),
-        use=(
-            "a hierarchical backbone for accuracy: 82.2 % on ImageNet with 11.5M parameters "
-            "(authors' repository)"
-        ),
+        use=("a hierarchical backbone for accuracy: 82.2 % on ImageNet with 11.5M parameters (authors' repository)"),
         papers=("2307.08579",),
         repository="AFeng-x/SMT",
         licence="MIT",
