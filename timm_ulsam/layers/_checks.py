@@ -22,6 +22,18 @@ def check_positive(**arguments: Any) -> None:
             raise ValueError(f"{name}={value!r} is not a positive integer")
 
 
+def pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    """A setting for height and width, given as one integer or as two.
+
+    Raises:
+        ValueError: Names the argument, its value and what is accepted.
+    """
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(both) != 2 or not all(isinstance(v, Integral) and not isinstance(v, bool) and v >= least for v in both):
+        raise ValueError(f"{name}={value!r}; accepted: an integer from {least}, or a pair of them")
+    return int(both[0]), int(both[1])
+
+
 def divisors(number: int) -> list[int]:
     """All divisors of a positive integer, in order."""
     return [d for d in range(1, number + 1) if number % d == 0]

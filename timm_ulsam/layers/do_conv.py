@@ -5,14 +5,13 @@ Paper: `DO-Conv: Depthwise Over-parameterized Convolutional Layer` - https://arx
 
 import math
 import warnings
-from numbers import Integral
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._checks import check_input, check_positive, divisors, is_positive
+from ._checks import check_input, check_positive, divisors, is_positive, pair
 
 torch.fx.wrap("check_input")
 torch.fx.wrap("compose_kernel")
@@ -59,13 +58,6 @@ def compose_kernel(
 
 def _in_float64(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("meta" if tensor.is_meta else "cpu", torch.float64)  # not every device has float64
-
-
-def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, Integral) and type(v) is not bool and v >= least for v in pair):
-        raise ValueError(f"{name}={value!r}; accepted: an integer from {least}, or two of them")
-    return pair
 
 
 class DOConv2d(nn.Module):
@@ -120,10 +112,10 @@ class DOConv2d(nn.Module):
                 raise ValueError(f"groups={groups} does not divide {name}={channels}; accepted: {divisors(channels)}")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair("kernel_size", kernel_size, 1)
-        self.stride = _pair("stride", stride, 1)
-        self.padding = padding if isinstance(padding, str) else _pair("padding", padding, 0)
-        self.dilation = _pair("dilation", dilation, 1)
+        self.kernel_size = pair("kernel_size", kernel_size, 1)
+        self.stride = pair("stride", stride, 1)
+        self.padding = padding if isinstance(padding, str) else pair("padding", padding, 0)
+        self.dilation = pair("dilation", dilation, 1)
         self.groups = groups
         self.depthwise = groups == in_channels == out_channels
         self.padding_mode = padding_mode

@@ -9,16 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._checks import check_input, check_positive, is_positive
+from ._checks import check_input, check_positive, is_positive, pair
 
 torch.fx.wrap("check_input")
-
-
-def _positive_pair(name: str, value: Any) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(map(is_positive, pair)):
-        raise ValueError(f"{name}={value!r}; accepted: a positive integer or a pair of them")
-    return pair
 
 
 class _ShiftedConv2d(nn.Conv2d):
@@ -163,9 +156,9 @@ class PSConv2d(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = (3, 3)
-        self.stride = _positive_pair("stride", stride)
+        self.stride = pair("stride", stride, 1)
         self.padding = (1, 1)
-        self.dilation = d = _positive_pair("dilation", dilation)
+        self.dilation = d = pair("dilation", dilation, 1)
         self.groups = groups
         self.parts = parts
         channels = in_channels, out_channels

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._checks import check_input, check_positive, divisors, is_positive
+from ._checks import check_input, check_positive, divisors, is_positive, pair
 
 IntPair = int | tuple[int, int]
 
@@ -177,13 +177,6 @@ def condition_channels(in_channels: int) -> int:
     return max(16, in_channels // 16)
 
 
-def _pair(name: str, value: IntPair, least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(is_positive(v) or (least == 0 and type(v) is int and v == 0) for v in pair):
-        raise ValueError(f"{name}={value!r}; accepted: an integer from {least}, or a pair of them")
-    return int(pair[0]), int(pair[1])
-
-
 class WeightNet(nn.Module):
     """A convolution whose kernel is generated for every sample from a condition.
 
@@ -246,11 +239,11 @@ class WeightNet(nn.Module):
             raise ValueError(f"expansion={expansion} is not a multiple of num_groups={num_groups}")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair("kernel_size", kernel_size, 1)
-        self.stride = _pair("stride", stride, 1)
+        self.kernel_size = pair("kernel_size", kernel_size, 1)
+        self.stride = pair("stride", stride, 1)
         default = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
-        self.padding = default if padding is None else _pair("padding", padding, 0)
-        self.dilation = _pair("dilation", dilation, 1)
+        self.padding = default if padding is None else pair("padding", padding, 0)
+        self.dilation = pair("dilation", dilation, 1)
         self.groups = groups
         self.expansion = expansion
         self.num_groups = num_groups
