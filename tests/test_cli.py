@@ -34,8 +34,11 @@ def test_list_json(capsys):
     assert code == 0
     assert sorted(zoo) == sorted(model_names())
     assert zoo["mobilenetv2_ulsam"]["macs"] == 262_659_328
-    assert zoo["mobilenetv2_ulsam"]["weights"]["tin200"] > 25
-    assert 8e6 < zoo["mobilenetv2_ulsam"]["sizes"]["tin200"] < 9e6
+    weights = zoo["mobilenetv2_ulsam"]["weights"]["tin200"]
+    assert weights["top5"] > weights["top1"] > 25
+    assert weights["image_size"] == 64
+    assert 8e6 < weights["bytes"] < 9e6
+    assert weights["recipe"] == "weights/recipes/mobilenetv2_ulsam.tin200.yaml"
 
 
 def test_list_of_one_system(capsys):
@@ -48,8 +51,11 @@ def test_list_of_one_system(capsys):
     ("arguments", "message"),
     [
         (["--system", "senet"], "unknown system 'senet'; accepted: ulsam, sa, smt, doconv"),
-        (["--systems", "--system", "ulsam"], "not with --json or --system"),
-        (["--systems", "--json"], "not with --json or --system"),
+        (["--systems", "--system", "ulsam"], "not with --json, --system or --runs"),
+        (["--systems", "--json"], "not with --json, --system or --runs"),
+        (["--systems", "--runs", "tiny-imagenet"], "not with --json, --system or --runs"),
+        (["--runs", "tiny-imagenet", "--system", "ulsam"], "not with --system"),
+        (["--runs", "imagenet"], "unknown data set 'imagenet'; accepted: tiny-imagenet, grocery-store"),
     ],
 )
 def test_list_refuses_what_it_does_not_know(arguments, message, capsys):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_ulsam.card import card
 from timm_ulsam.cli import main
+from timm_ulsam.package import package as package_
 from timm_ulsam.pretrained import file_digest, recorded_digests
 
 NAMES = sorted(recorded_digests())
@@ -76,8 +77,9 @@ def test_the_published_weights_come_out_of_a_safetensors_file_again(capsys, tmp_
 
 
 def test_classes_are_the_folders_of_the_data(run, capsys, tmp_path):
-    for name in ("Red-Apple", "pear", "Green_Apple"):
+    for name in ("Fruit/Apple/Red-Apple", "Fruit/pear", "Green_Apple"):  # those of images, as timm's reader has it
         (tmp_path / "data/train" / name).mkdir(parents=True)
+        (tmp_path / "data/train" / name / "1.jpg").touch()
     argv = ["--data-dir", tmp_path / "data", "--output", tmp_path / "new"]
     assert package(capsys, run, *argv, labels=False)[0] == 0
     config = json.loads((tmp_path / "new/config.json").read_text())
@@ -173,7 +175,8 @@ def test_in_a_checkout_digest_log_facts_and_card_are_kept(run, checkout, tmp_pat
     assert sorted((weights / "SHA256SUMS").read_text().splitlines()) == sorted([*before.splitlines(), added])
     assert (weights / "logs" / f"{name}.csv").read_bytes() == (run / "summary.csv").read_bytes()
     facts = yaml.safe_load((weights / "facts" / f"{name}.yaml").read_text())
-    assert facts == dict(dataset="tiny-imagenet", split="validation", top1=50.0, top5=100.0, epoch=1)
+    measured = dict(dataset="tiny-imagenet", split="validation", top1=50.0, top5=100.0)
+    assert facts == {**measured, "epoch": 1, "checkpoint": "model_best.pth.tar"}
     assert [line.split(":")[1].split()[0] for line in done.stdout.splitlines()[1:]] == ["write", "timm-ulsam", "put"]
 
     (weights / "recipes" / f"{name}.yaml").write_text("epochs: 2\nseed: 1\n")
@@ -189,6 +192,54 @@ def test_in_a_checkout_digest_log_facts_and_card_are_kept(run, checkout, tmp_pat
     again = tool(*argv)  # the same name once more: replaced, measured anew
     assert again.returncode == 0, again.stderr
     assert (weights / name / "README.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "there is no folder"),
+        ([], "must hold folders of images"),
+        (["1.jpg", "a/1.jpg", "b/1.jpg"], "must hold folders of images"),
+        (["a/1.jpg", "b/1.jpg"], "the checkpoint has 3 classes, 2 are named"),
+    ],
+)
+def test_data_that_do_not_name_the_classes_are_refused(images, message, run, capsys, tmp_path):
+    for image in images or []:
+        (tmp_path / "data" / image).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / image).touch()
+    if images == []:
+        (tmp_path / "data").mkdir()
+    code, _, err = package(capsys, run, "--data-dir", tmp_path / "data", "--output", tmp_path / "new", labels=False)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_card_says_which_epoch_was_taken_and_what_came_before(run, checkout, monkeypatch):
+    """Of weights fine-tuned from an initialization, under a tag that timm does not know."""
+    weights, name = checkout / "weights", f"{ARCH}.test"
+    monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(weights))
+    best = run / "model_best.pth.tar"
+    last = best.with_name("last.pth.tar")
+    last.write_bytes(best.read_bytes())
+    facts = dict(started_from="mobilenetv2_ulsam.ra_in1k_init", other_seeds={7: 49.0, 8: 51.5})
+    (weights / "facts" / f"{name}.yaml").write_text(yaml.safe_dump({"split": "validation", **facts}))
+    (weights / "recipes" / f"{name}.yaml").write_text("epochs: 2\nseed: 1\npretrained: true\n")
+    texts = {}
+    for checkpoint in (best, last):
+        package_(checkpoint, ARCH, "test", labels=run / "labels.txt", dataset="grocery-store")
+        texts[checkpoint] = " ".join((weights / name / "README.md").read_text(encoding="utf-8").split())
+    last.unlink()
+    for text in texts.values():
+        assert "base_model: timm/mobilenetv2_100.ra_in1k " in text
+        assert f'timm.create_model("hf-hub:timm-ulsam/{name}", pretrained=True)' in text
+        assert "The same recipe gave 49.00 % with seed 7, 51.50 % with seed 8." in text
+        assert "datasets:" not in text  # Grocery Store is not at the Hub
+    where = "epoch 1, counted from 0)"
+    assert (
+        f"the best accuracy on the validation images (`model_best.pth.tar`, {where}, which is the last." in texts[best]
+    )
+    assert f"of the last epoch (`last.pth.tar`, {where}: none was chosen by its accuracy." in texts[last]
 
 
 @pytest.mark.parametrize("name", NAMES)

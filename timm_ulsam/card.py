@@ -17,43 +17,10 @@ from timm.models import model_entrypoint
 
 from .errors import InputError
 from .pretrained import HUB_ORG, WEIGHTS_FILE, file_digest, weights_dir
+from .records import dataset_of, facts_file, read_yaml, recipe_file
 from .systems import cost, system_of
 
 _TIMM = "[timm](https://github.com/huggingface/pytorch-image-models)"
-
-
-def facts_file(name: str) -> Path:
-    """Where the facts of the weights `<arch>.<tag>` are recorded, in a checkout."""
-    return weights_dir() / "facts" / f"{name}.yaml"
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file that holds names and values.
-
-    Raises:
-        InputError: If it is missing or something else; names the file.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} must hold names and values")
-    return content
-
-
-def dataset_of(key: str) -> dict[str, Any]:
-    """What `weights/datasets.yaml` records of a data set.
-
-    Raises:
-        InputError: If it is none of them.
-    """
-    datasets = read_yaml(weights_dir() / "datasets.yaml")
-    if key not in datasets:
-        raise InputError(f"unknown data set {key!r}; accepted: {', '.join(datasets)}")
-    return datasets[key]
 
 
 def card(name: str, folder: Path | None = None) -> str:
@@ -70,7 +37,7 @@ def card(name: str, folder: Path | None = None) -> str:
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(f"there are no weights {name!r} in {folder}")
     facts = read_yaml(facts_file(name))
-    recipe = read_yaml(weights_dir() / "recipes" / f"{name}.yaml")
+    recipe = read_yaml(recipe_file(name))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         return _head(name, facts, config) + _text(name, folder, facts, recipe, config)
@@ -94,11 +61,10 @@ def write_card(name: str) -> Path:
 
 def _head(name: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
     data = dataset_of(facts["dataset"])
-    dataset = data.get("hub", facts["dataset"])
     measured = {"top-1": facts["top1"], "top-5": facts["top5"]}
     result = {
         "task": {"type": "image-classification"},
-        "dataset": {"name": data["name"], "type": dataset, "split": facts["split"]},
+        "dataset": {"name": data["name"], "type": data.get("hub", facts["dataset"]), "split": facts["split"]},
         "metrics": [{"type": "accuracy", "name": key, "value": value} for key, value in measured.items()],
     }
     head: dict[str, Any] = {
@@ -106,11 +72,13 @@ def _head(name: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
         "license": config["pretrained_cfg"]["license"],
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "timm-ulsam"],
-        "datasets": [dataset],
+        # a data set that is not at the Hub would be a link to nothing
+        **({"datasets": [data["hub"]]} if "hub" in data else {}),
         "metrics": ["accuracy"],
     }
     if "started_from" in facts:
-        head["base_model"] = f"{HUB_ORG}/{facts['started_from']}"
+        start = timm.get_pretrained_cfg(facts["started_from"])  # of an initialization, timm's own repository
+        head["base_model"] = start.hf_hub_id if start else f"{HUB_ORG}/{facts['started_from']}"
     head["model-index"] = [{"name": name, "results": [result]}]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
 
@@ -127,7 +95,7 @@ def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any]
     if "started_from" not in facts and (recipe.get("pretrained") or recipe.get("initial_checkpoint")):
         raise InputError(f"{facts_file(name)} lacks started_from: the recipe of {name} starts from weights")
     start = f"fine-tuned from `{facts['started_from']}`" if "started_from" in facts else "trained from scratch"
-    last = ": the last" if facts["epoch"] == recipe["epochs"] - 1 else ""
+    by_name = name if name in timm.list_pretrained(arch) else f"hf-hub:{HUB_ORG}/{name}"
     measured = f"the {data['images'][split]:,} {split} images of {data['name']}"
 
     hardware = f" on {facts['hardware']}" if "hardware" in facts else ""
@@ -136,14 +104,13 @@ def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any]
         {data["name"]} at {size} px. A model of {_TIMM} with the plugin timm-ulsam installed."""
     trained = f"""{recipe["epochs"]} epochs{hardware} with timm's train.py and the recipe
         `weights/recipes/{name}.yaml` of the timm-ulsam repository, one run, seed {recipe["seed"]}; the log is
-        `weights/logs/{name}.csv`. The weights are those of the epoch with the best validation accuracy
-        (`model_best.pth.tar`, epoch {facts["epoch"]}, counted from 0{last})."""
+        `weights/logs/{name}.csv`. {_which_epoch(facts, recipe)}"""
     device = f"""Add `--device cpu` to validate.py where there is no GPU. `{folder_of_data}/` is an ImageFolder tree:
         {data["tree"]}."""
     authors = f"{facts['authors']}: " if "authors" in facts else ""
     venue = f"{facts['venue']}. " if "venue" in facts else ""
     paper = f"{authors}*{cfg['paper_name']}*. {venue}{papers}."
-    notes = "\n".join(_wrapped(note, "- ", "  ") for note in [*facts.get("notes", []), data["terms"]])
+    notes = "\n".join(_wrapped(note, "- ", "  ") for note in [*facts.get("notes", []), *_terms(facts)])
     return f"""# {name}
 
 {_wrapped(summary)}
@@ -160,8 +127,8 @@ def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any]
 ```python
 import timm
 
-model = timm.create_model("{name}", pretrained=True).eval()
-backbone = timm.create_model("{name}", pretrained=True, num_classes=10)  # to fine-tune
+model = timm.create_model("{by_name}", pretrained=True).eval()
+backbone = timm.create_model("{by_name}", pretrained=True, num_classes=10)  # to fine-tune
 ```
 
 ## How it was trained and measured
@@ -170,7 +137,7 @@ backbone = timm.create_model("{name}", pretrained=True, num_classes=10)  # to fi
 
 ```sh
 python train.py --config weights/recipes/{name}.yaml --data-dir {folder_of_data}
-python validate.py --data-dir {folder_of_data} --split {split} --model {name} --pretrained
+python validate.py --data-dir {folder_of_data} --split {split} --model {by_name} --pretrained
 ```
 
 {_wrapped(device)}
@@ -183,6 +150,33 @@ python validate.py --data-dir {folder_of_data} --split {split} --model {name} --
 
 {_wrapped(paper)}
 """
+
+
+def _which_epoch(facts: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """Which epoch's weights they are, and whether that was chosen by what was measured."""
+    checkpoint, epoch = facts["checkpoint"], facts["epoch"]
+    is_last = epoch == recipe["epochs"] - 1
+    where = f"(`{checkpoint}`, epoch {epoch}, counted from 0)"
+    if checkpoint.startswith("model_best"):
+        chosen = f"The weights are those of the epoch with the best accuracy on the {facts['split']} images {where}"
+        chosen += ", which is the last." if is_last else "."
+    elif checkpoint.startswith("last") and is_last:
+        chosen = f"The weights are those of the last epoch {where}: none was chosen by its accuracy."
+    else:
+        chosen = f"The weights are those of one epoch {where}."
+    if facts.get("other_seeds"):
+        others = ", ".join(f"{top1:.2f} % with seed {seed}" for seed, top1 in facts["other_seeds"].items())
+        chosen += f" The same recipe gave {others}."
+    return chosen
+
+
+def _terms(facts: dict[str, Any]) -> list[str]:
+    """Terms of the data, and of the data that the weights before these were trained on."""
+    terms = [dataset_of(facts["dataset"])["terms"]]
+    start = facts.get("started_from")
+    if start and facts_file(start).is_file():
+        terms += [t for t in _terms(read_yaml(facts_file(start))) if t not in terms]
+    return terms
 
 
 def _input(cfg: dict[str, Any]) -> str:

@@ -21,11 +21,13 @@ def _parser() -> argparse.ArgumentParser:
         "list",
         help="list the models, their cost and their weights",
         description="List the models: system, parameters and multiply-adds with 1000 classes at this image size, "
-        "weights and accuracy. With --systems: what each system changes in a network and what that costs.",
+        "weights and accuracy. With --systems: what each system changes in a network and what that costs. With "
+        "--runs, in a checkout: what training runs on a data set measured, those of baselines too.",
         epilog="example: timm-ulsam list --system doconv --json",
     )
     zoo.add_argument("--system", metavar="KEY", help="only the models of this system")
     zoo.add_argument("--systems", action="store_true", help="print the tables of docs/systems.md")
+    zoo.add_argument("--runs", metavar="DATASET", help="print the table of recorded training runs on a data set")
     form = zoo.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -43,6 +45,16 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--attention", metavar="OUT.png", help="draw every attention map over the photographs")
     predict.add_argument("--json", action="store_true", help="print JSON")
     predict.set_defaults(run=_predict)
+
+    curve = verbs.add_parser(
+        "curve",
+        help="draw the learning curves of runs of train.py",
+        description="Draw the top-1 accuracy after every epoch, a line for each summary.csv of timm's train.py.",
+        epilog="example: timm-ulsam curve output/train/RUN/summary.csv --output curve.png",
+    )
+    curve.add_argument("logs", nargs="+", metavar="LOG", help="summary.csv, or the folder of a run that holds one")
+    curve.add_argument("--output", required=True, metavar="OUT.png", help="picture to write")
+    curve.set_defaults(run=_curve)
 
     package = verbs.add_parser(
         "package",
@@ -92,13 +104,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(args: argparse.Namespace) -> None:
     from .errors import InputError
+    from .records import dataset_of, runs, runs_table
     from .systems import SYSTEMS, costs_table, systems_table
-    from .zoo import entries, markdown_table, table_rows
+    from .zoo import entries, markdown_table, text_table
 
     if args.systems:
-        if args.json or args.system:
-            raise InputError("--systems prints the tables of all systems; not with --json or --system")
+        if args.json or args.system or args.runs:
+            raise InputError("--systems prints the tables of all systems; not with --json, --system or --runs")
         print(f"{systems_table()}\n\n{costs_table()}")
+        return
+    if args.runs:
+        if args.system:
+            raise InputError("--runs prints the runs of all systems and of none; not with --system")
+        dataset_of(args.runs)
+        found = runs(args.runs)
+        print(json.dumps([asdict(run) for run in found], indent=2) if args.json else runs_table(found))
         return
     keys = [system.key for system in SYSTEMS]
     if args.system not in (None, *keys):
@@ -109,12 +129,7 @@ def _list(args: argparse.Namespace) -> None:
     elif args.markdown:
         print(markdown_table(zoo))
     else:
-        rows = table_rows(zoo)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        numbers = ("parameters", "MACs", "px", "MB", "top-1")
-        for row in rows:
-            cells = zip(rows[0], row, widths, strict=True)
-            print("  ".join(c.rjust(w) if head in numbers else c.ljust(w) for head, c, w in cells).rstrip())
+        print(text_table(zoo))
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -149,6 +164,13 @@ def _predict(args: argparse.Namespace) -> None:
             print(f"  {p.probability:6.1%}  {p.description}")
     if args.attention:
         print(f"attention maps drawn in {args.attention}")
+
+
+def _curve(args: argparse.Namespace) -> None:
+    from .curve import draw_curves
+
+    draw_curves(args.logs, args.output)
+    print(f"learning curves drawn in {args.output}")
 
 
 def _package(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Turn a checkpoint of timm's train.py into `weights/<arch>.<tag>/`, the Hub repository of that model."""
 
 import argparse
-import csv
 import json
 import pickle
 import re
@@ -17,16 +16,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import clean_state_dict, save_for_hf
 from timm.utils import natural_key
 from torch import nn
 
 from . import models  # noqa: F401  (registers them)
-from .card import dataset_of, facts_file, read_yaml, write_card
+from .card import write_card
 from .errors import InputError
 from .models._build import check_fits
 from .pretrained import WEIGHTS_FILE, file_digest, record_digest, weights_dir
 from .publish import FILES
+from .records import dataset_of, facts_file, log_file, read_log, read_yaml, recipe_file
 from .zoo import model_names
 
 
@@ -185,22 +186,18 @@ def _labels(file: Path) -> dict[str, str]:
         raise InputError(f"{file}: every line must be the folder of a class, a tab and its name") from error
     if len(names) != len(rows):
         raise InputError(f"{file} names a class twice")
-    return _in_order(names)
+    # as timm's reader of image folders counts them
+    return dict(sorted(names.items(), key=lambda item: natural_key(item[0])))
 
 
 def _class_folders(data: Path) -> dict[str, str]:
     data = data / "train" if (data / "train").is_dir() else data
     if not data.is_dir():
         raise InputError(f"there is no folder {data}")
-    names = {path.name: re.sub("[-_]+", " ", path.name) for path in data.iterdir() if path.is_dir()}
-    if not names:
-        raise InputError(f"{data} holds no folders, of which each would be a class")
-    return _in_order(names)
-
-
-def _in_order(names: dict[str, str]) -> dict[str, str]:
-    """Classes as timm's reader of image folders counts them."""
-    return dict(sorted(names.items(), key=lambda item: natural_key(item[0])))
+    _, counted = find_images_and_targets(str(data))  # as train.py does: folders with images, however deep
+    if not counted or "" in counted:
+        raise InputError(f"{data} must hold folders of images, of which each is a class")
+    return {name: re.sub("[-_]+", " ", name) for name in sorted(counted, key=counted.get)}
 
 
 def _options(path: Path, read: Checkpoint, config: str | Path | None) -> dict[str, Any]:
@@ -277,26 +274,23 @@ def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options
         return {}
     log = path.parent / "summary.csv"
     try:
-        with log.open(encoding="utf-8", newline="") as opened:
-            # a resumed run writes the head again
-            rows = [row for row in csv.DictReader(opened) if row["epoch"] != "epoch"]
-        row = {int(row["epoch"]): row for row in rows}[read.epoch]
-        top1, top5 = (round(float(row[key]), 2) for key in ("eval_top1", "eval_top5"))
-    except (OSError, KeyError, ValueError) as error:
+        measured = read_log(log)[read.epoch]
+        top1, top5 = (round(measured[key], 2) for key in ("eval_top1", "eval_top5"))
+    except (InputError, KeyError) as error:
         raise InputError(f"{log} does not say what was measured at epoch {read.epoch}") from error
-    new = {"dataset": dataset or old["dataset"], "split": split, "top1": top1, "top5": top5, "epoch": read.epoch}
-    return {**old, **new}
+    new = {"dataset": dataset or old["dataset"], "split": split, "top1": top1, "top5": top5}
+    return {**old, **new, "epoch": read.epoch, "checkpoint": path.name}
 
 
 def _record(name: str, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     """Keep the log and the facts, write the card; returns what is left to do by hand."""
-    file, recipe = facts_file(name), weights_dir() / "recipes" / f"{name}.yaml"
+    file, recipe, kept_log = facts_file(name), recipe_file(name), log_file(name)
     arch, _, tag = name.partition(".")
     steps = []
     log = path.parent / "summary.csv"
     if log.is_file():
-        (weights_dir() / "logs").mkdir(exist_ok=True)
-        shutil.copyfile(log, weights_dir() / "logs" / f"{name}.csv")
+        kept_log.parent.mkdir(exist_ok=True)
+        shutil.copyfile(log, kept_log)
     if facts and not (file.is_file() and read_yaml(file) == facts):  # what stands there may have comments
         file.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
     if not facts:

@@ -1,7 +1,6 @@
 """Predictions of a pretrained model on photographs, and pictures of where its ULSAM blocks looked."""
 
 import difflib
-import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from torch import nn
 from . import models  # noqa: F401  (registers them)
 from .errors import InputError, WeightsError
 from .layers import ULSAM
+from .pictures import check_picture, write_figure
 from .zoo import model_names
 
 _DISPLAY_PIXELS = 256
 _BATCH_SIZE = 32
-_PICTURES = (".jpg", ".pdf", ".png", ".svg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -154,21 +153,6 @@ def _model_inputs(model: nn.Module, images: Iterable[Image.Image]) -> torch.Tens
     return torch.stack([transform(image) for image in images])
 
 
-def check_picture(out: str | Path) -> None:
-    """Refuse a picture that could not be drawn, before the work that leads to it.
-
-    Raises:
-        InputError: If the suffix is not that of a picture, the folder does not exist, or matplotlib is not installed.
-    """
-    out = Path(out)
-    if out.suffix.lower() not in _PICTURES:
-        raise InputError(f"cannot draw into {out}: accepted suffixes are {', '.join(_PICTURES)}")
-    if not out.parent.is_dir():
-        raise InputError(f"cannot write {out}: there is no folder {out.parent}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("drawing needs matplotlib: pip install 'timm-ulsam[demo]'")
-
-
 def draw_attention(
     model: nn.Module, images: Sequence[Image.Image], predictions: Sequence[Sequence[Prediction]], out: str | Path
 ) -> None:
@@ -208,7 +192,7 @@ def draw_attention(
             ax.imshow(weights, extent=extent, cmap="inferno", alpha=0.6, interpolation="bilinear", vmin=0)
             if row == 0:
                 ax.set_title(f"{name} [{index}]", fontsize=9)
-    _write_figure(figure, Path(out))
+    write_figure(figure, Path(out))
 
 
 def _display_transform(model: nn.Module) -> Any:
@@ -218,14 +202,3 @@ def _display_transform(model: nn.Module) -> Any:
     scale = max(1.0, _DISPLAY_PIXELS / max(height, width))
     cfg["input_size"] = (channels, round(height * scale), round(width * scale))
     return create_transform(**{**cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3})
-
-
-def _write_figure(figure: Any, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}.part")
-    try:
-        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=100)
-        temporary.replace(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -69,13 +69,12 @@ def weights_cfg(name: str) -> dict[str, Any]:
     return cfg
 
 
-def card_top1(name: str) -> float | None:
-    """Top-1 accuracy in percent that the model card of `<arch>.<tag>` states, None if there is no card."""
+def card_metrics(name: str) -> dict[str, float]:
+    """What the model card of `<arch>.<tag>` states, in percent: `top-1` and `top-5`; {} if there is no card."""
     card = weights_dir() / name / "README.md"
     if not card.is_file():
-        return None
-    results = ModelCard.load(card).data.eval_results or []
-    return next((r.metric_value for r in results if r.metric_name == "top-1"), None)
+        return {}
+    return {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
 
 
 def file_size(name: str) -> int | None:

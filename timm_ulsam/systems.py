@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import models  # noqa: F401  (registers them)
+from .tables import markdown
 
 # How to build a network without its system: the name of timm's model, or arguments that leave the system out of ours.
 Plain = str | Mapping[str, Any]
@@ -278,7 +279,7 @@ def systems_table() -> str:
         )
         for system in SYSTEMS
     ]
-    return _table(head, rows, "---")
+    return markdown(head, rows)
 
 
 def costs_table() -> str:
@@ -302,13 +303,8 @@ def costs_table() -> str:
                     "" if more is None else f"{more:+.1f} %",
                 )
             )
-    return _table(head, rows, "---:")
+    return markdown(head, rows, numbers=head[1:])
 
 
 def _figures(found: Cost) -> tuple[str, str]:
     return f"{found.parameters:,}", f"{found.macs / 1e6:,.2f}M"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], rule: str) -> str:
-    lines = [" | ".join(cells) for cells in (head, ("---", *[rule] * (len(head) - 1)), *rows)]
-    return "\n".join(f"| {line} |" for line in lines)

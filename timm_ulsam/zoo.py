@@ -5,8 +5,29 @@ from dataclasses import dataclass
 import timm
 from timm.models import model_entrypoint
 
-from .pretrained import card_top1, file_size
+from .pretrained import card_metrics, file_size, weights_dir
+from .records import recipe_file
 from .systems import system_of, trained_cost
+from .tables import markdown, text
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A set of weights of a model.
+
+    Attributes:
+        image_size: Side in pixels of the images that they are for.
+        top1: Top-1 accuracy in percent as their model card states it, None without a card.
+        top5: Top-5 accuracy in percent, the same.
+        bytes: Size of their file, None if it is not at hand.
+        recipe: Options of train.py that made them, a path in the checkout; None outside of it.
+    """
+
+    image_size: int
+    top1: float | None
+    top5: float | None
+    bytes: int | None
+    recipe: str | None
 
 
 @dataclass(frozen=True)
@@ -19,8 +40,7 @@ class Entry:
         parameters: Number of parameters with 1000 classes.
         macs: Multiply-adds of one image with 1000 classes.
         image_size: Side of that image in pixels: 224, or the model's own if it takes no other.
-        weights: Top-1 accuracy in percent of every set of weights, by tag; the default tag first.
-        sizes: Bytes of their files, by tag; None for those that are not at hand.
+        weights: Its sets of weights, by tag; the default tag first.
     """
 
     name: str
@@ -28,8 +48,7 @@ class Entry:
     parameters: int
     macs: int
     image_size: int
-    weights: dict[str, float | None]
-    sizes: dict[str, int | None]
+    weights: dict[str, Weights]
 
 
 def model_names() -> list[str]:
@@ -54,35 +73,45 @@ def _entry(name: str) -> Entry:
         parameters=cost.parameters,
         macs=cost.macs,
         image_size=cost.image_size,
-        weights={tag: card_top1(f"{name}.{tag}") for tag in tags},
-        sizes={tag: file_size(f"{name}.{tag}") for tag in tags},
+        weights={tag: _weights(f"{name}.{tag}") for tag in tags},
     )
 
 
-def table_rows(zoo: list[Entry]) -> list[tuple[str, ...]]:
-    """Printable rows, one a set of weights; the first row is the head."""
-    rows = [("model", "system", "parameters", "MACs", "px", "weights", "MB", "top-1")]
+def _weights(name: str) -> Weights:
+    metrics, recipe = card_metrics(name), recipe_file(name)
+    return Weights(
+        image_size=timm.get_pretrained_cfg(name).input_size[-1],
+        top1=metrics.get("top-1"),
+        top5=metrics.get("top-5"),
+        bytes=file_size(name),
+        recipe=recipe.relative_to(weights_dir().parent).as_posix() if recipe.is_file() else None,
+    )
+
+
+HEAD = ("model", "system", "parameters", "MACs", "at px", "weights", "px", "top-1", "top-5", "MB", "recipe")
+NUMBERS = ("parameters", "MACs", "at px", "px", "top-1", "top-5", "MB")
+
+
+def rows(zoo: list[Entry]) -> list[tuple[str, ...]]:
+    """Printable rows under `HEAD`, one a set of weights."""
+    found = []
     for entry in zoo:
-        for tag, top1 in entry.weights.items() or [("", None)]:
-            size = entry.sizes.get(tag)
-            rows.append(
-                (
-                    entry.name,
-                    entry.system,
-                    f"{entry.parameters:,}",
-                    f"{entry.macs / 1e6:,.2f}M",
-                    str(entry.image_size),
-                    tag or "none yet",
-                    "" if size is None else f"{size / 1e6:.1f}",
-                    "" if top1 is None else f"{top1:.2f} %",
-                )
-            )
-    return rows
+        model = (entry.name, entry.system, f"{entry.parameters:,}", f"{entry.macs / 1e6:,.2f}M", str(entry.image_size))
+        for tag, weights in entry.weights.items():
+            accuracy = ("" if value is None else f"{value:.2f} %" for value in (weights.top1, weights.top5))
+            size = "" if weights.bytes is None else f"{weights.bytes / 1e6:.1f}"
+            found.append((*model, tag, str(weights.image_size), *accuracy, size, weights.recipe or ""))
+        if not entry.weights:
+            found.append((*model, "none yet", "", "", "", "", ""))
+    return found
 
 
 def markdown_table(zoo: list[Entry]) -> str:
     """The README's table of the zoo."""
-    head, *rows = table_rows(zoo)
-    lines = [" | ".join(head), "--- | --- | ---: | ---: | ---: | --- | ---: | ---:"]
-    lines += [" | ".join((f"`{name}`", *rest)) for name, *rest in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+    lines = [(f"`{name}`", *rest, f"[yaml]({recipe})" if recipe else "") for name, *rest, recipe in rows(zoo)]
+    return markdown(HEAD, lines, numbers=NUMBERS)
+
+
+def text_table(zoo: list[Entry]) -> str:
+    """The same for a terminal, without the recipes."""
+    return text(HEAD[:-1], [row[:-1] for row in rows(zoo)], numbers=NUMBERS)

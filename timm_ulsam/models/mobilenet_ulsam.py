@@ -194,19 +194,19 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "mobilenetv2_ulsam.tin200": _cfg(
-            num_classes=200,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            **weights_cfg("mobilenetv2_ulsam.tin200"),
-        ),
         "mobilenetv2_ulsam.tin200_96": _cfg(
             num_classes=200,
             input_size=(3, 96, 96),
             pool_size=(3, 3),
             crop_pct=1.0,
             **weights_cfg("mobilenetv2_ulsam.tin200_96"),
+        ),
+        "mobilenetv2_ulsam.tin200": _cfg(
+            num_classes=200,
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            **weights_cfg("mobilenetv2_ulsam.tin200"),
         ),
         "mobilenetv2_ulsam.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_s.untrained": _cfg(),
