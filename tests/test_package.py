@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_ulsam.card import card
 from timm_ulsam.cli import main
-from timm_ulsam.package import package as package_
+from timm_ulsam.package import package as package_checkpoint
 from timm_ulsam.pretrained import file_digest, recorded_digests
 
 NAMES = sorted(recorded_digests())
@@ -215,31 +216,56 @@ def test_data_that_do_not_name_the_classes_are_refused(images, message, run, cap
     assert not (tmp_path / "new").exists()
 
 
-def test_a_card_says_which_epoch_was_taken_and_what_came_before(run, checkout, monkeypatch):
-    """Of weights fine-tuned from an initialization, under a tag that timm does not know."""
+@pytest.mark.parametrize(
+    ("checkpoint", "says"),
+    [
+        ("model_best.pth.tar", "with the best accuracy on the validation images ({}), which is the last."),
+        ("last.pth.tar", "of the last epoch ({}): none was chosen by its accuracy."),
+        ("checkpoint-1.pth.tar", "of one epoch ({})."),
+    ],
+)
+def test_a_card_says_which_epoch_was_taken(checkpoint, says, run, cards, tmp_path):
+    text = cards(checkpoint, other_seeds={7: 49.0, 8: 51.5})
+    assert says.format(f"`{checkpoint}`, epoch 1, counted from 0") in text
+    assert "The same recipe gave 49.00 % with seed 7, 51.50 % with seed 8." in text
+
+
+@pytest.mark.parametrize(
+    ("start", "repository", "terms"),
+    [
+        ("mobilenetv2_ulsam.ra_in1k_init", "timm/mobilenetv2_100.ra_in1k", []),
+        ("mobilenetv2_ulsam.tin200", "timm-ulsam/mobilenetv2_ulsam.tin200", ["Tiny ImageNet is a subset of ImageNet"]),
+        ("mobilenetv2_ulsam.mine", "timm-ulsam/mobilenetv2_ulsam.mine", []),
+    ],
+)
+def test_a_card_says_what_the_weights_started_from(start, repository, terms, cards):
+    text = cards("last.pth.tar", started_from=start)
+    assert f"base_model: {repository} " in text
+    assert f'timm.create_model("hf-hub:timm-ulsam/{ARCH}.test", pretrained=True)' in text  # timm does not know the tag
+    assert "datasets:" not in text  # Grocery Store is not at the Hub
+    assert "is under the MIT licence." in text
+    assert [term for term in ["Tiny ImageNet is a subset of ImageNet"] if term in text] == terms
+
+
+@pytest.fixture
+def cards(run, checkout, monkeypatch):
+    """Package a checkpoint into a checkout that records these facts; returns the card."""
     weights, name = checkout / "weights", f"{ARCH}.test"
     monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(weights))
-    best = run / "model_best.pth.tar"
-    last = best.with_name("last.pth.tar")
-    last.write_bytes(best.read_bytes())
-    facts = dict(started_from="mobilenetv2_ulsam.ra_in1k_init", other_seeds={7: 49.0, 8: 51.5})
-    (weights / "facts" / f"{name}.yaml").write_text(yaml.safe_dump({"split": "validation", **facts}))
-    (weights / "recipes" / f"{name}.yaml").write_text("epochs: 2\nseed: 1\npretrained: true\n")
-    texts = {}
-    for checkpoint in (best, last):
-        package_(checkpoint, ARCH, "test", labels=run / "labels.txt", dataset="grocery-store")
-        texts[checkpoint] = " ".join((weights / name / "README.md").read_text(encoding="utf-8").split())
-    last.unlink()
-    for text in texts.values():
-        assert "base_model: timm/mobilenetv2_100.ra_in1k " in text
-        assert f'timm.create_model("hf-hub:timm-ulsam/{name}", pretrained=True)' in text
-        assert "The same recipe gave 49.00 % with seed 7, 51.50 % with seed 8." in text
-        assert "datasets:" not in text  # Grocery Store is not at the Hub
-    where = "epoch 1, counted from 0)"
-    assert (
-        f"the best accuracy on the validation images (`model_best.pth.tar`, {where}, which is the last." in texts[best]
-    )
-    assert f"of the last epoch (`last.pth.tar`, {where}: none was chosen by its accuracy." in texts[last]
+
+    def card_of(checkpoint, **facts):
+        (weights / "facts" / f"{name}.yaml").write_text(yaml.safe_dump({"split": "validation", **facts}))
+        recipe = dict(epochs=2, seed=1, pretrained="started_from" in facts)
+        (weights / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        folder = weights.parent / "run"
+        shutil.copytree(run, folder)
+        (folder / "model_best.pth.tar").rename(folder / checkpoint)
+        package_checkpoint(folder / checkpoint, ARCH, "test", labels=run / "labels.txt", dataset="grocery-store")
+        return " ".join((weights / name / "README.md").read_text(encoding="utf-8").split())
+
+    recorded_digests.cache_clear()
+    yield card_of
+    recorded_digests.cache_clear()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -77,8 +77,10 @@ def _head(name: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
         "metrics": ["accuracy"],
     }
     if "started_from" in facts:
-        start = timm.get_pretrained_cfg(facts["started_from"])  # of an initialization, timm's own repository
-        head["base_model"] = start.hf_hub_id if start else f"{HUB_ORG}/{facts['started_from']}"
+        start = facts["started_from"]
+        # of an initialization it is timm's own repository
+        known = timm.get_pretrained_cfg(start).hf_hub_id if timm.is_model_pretrained(start) else None
+        head["base_model"] = known or f"{HUB_ORG}/{start}"
     head["model-index"] = [{"name": name, "results": [result]}]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
 
@@ -95,7 +97,7 @@ def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any]
     if "started_from" not in facts and (recipe.get("pretrained") or recipe.get("initial_checkpoint")):
         raise InputError(f"{facts_file(name)} lacks started_from: the recipe of {name} starts from weights")
     start = f"fine-tuned from `{facts['started_from']}`" if "started_from" in facts else "trained from scratch"
-    by_name = name if name in timm.list_pretrained(arch) else f"hf-hub:{HUB_ORG}/{name}"
+    by_name = name if timm.is_model_pretrained(name) else f"hf-hub:{HUB_ORG}/{name}"
     measured = f"the {data['images'][split]:,} {split} images of {data['name']}"
 
     hardware = f" on {facts['hardware']}" if "hardware" in facts else ""

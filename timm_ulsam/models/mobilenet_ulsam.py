@@ -192,22 +192,22 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     )
 
 
+def _trained_cfg(name: str, num_classes: int, image_size: int) -> dict[str, Any]:
+    """The cfg of weights of the zoo's own; the network's stride is 32, and it saw the whole shorter side."""
+    return _cfg(
+        num_classes=num_classes,
+        input_size=(3, image_size, image_size),
+        pool_size=(image_size // 32, image_size // 32),
+        crop_pct=1.0,
+        **weights_cfg(name),
+    )
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "mobilenetv2_ulsam.tin200_96": _cfg(
-            num_classes=200,
-            input_size=(3, 96, 96),
-            pool_size=(3, 3),
-            crop_pct=1.0,
-            **weights_cfg("mobilenetv2_ulsam.tin200_96"),
-        ),
-        "mobilenetv2_ulsam.tin200": _cfg(
-            num_classes=200,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            **weights_cfg("mobilenetv2_ulsam.tin200"),
-        ),
+        "mobilenetv2_ulsam.tin200_96": _trained_cfg("mobilenetv2_ulsam.tin200_96", 200, 96),
+        "mobilenetv2_ulsam.tin200": _trained_cfg("mobilenetv2_ulsam.tin200", 200, 64),
+        "mobilenetv2_ulsam.tin200_ft_grocery81": _trained_cfg("mobilenetv2_ulsam.tin200_ft_grocery81", 81, 96),
         "mobilenetv2_ulsam.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_s.untrained": _cfg(),
         # A name without a tag gives weights that classify as they are. Of the initializations only this one does, so it

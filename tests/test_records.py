@@ -1,0 +1,94 @@
+"""Recorded runs: what was measured is in their logs, and what is compared was trained alike."""
+
+import importlib.util
+import json
+import os
+import sys
+
+import pytest
+import yaml
+from conftest import REPO
+
+from timm_ulsam.cli import main
+from timm_ulsam.errors import InputError
+from timm_ulsam.pretrained import recorded_digests
+from timm_ulsam.records import facts_file, log_file, read_log, read_yaml, recipe_file, runs, runs_table
+
+NAMES = sorted(file.stem for file in (REPO / "weights/facts").glob("*.yaml"))
+PRETRAINED = [name for name in NAMES if name.endswith(".tin200")]
+FINE_TUNED = [name for name in NAMES if name.endswith("grocery81")]
+
+
+def test_every_set_of_weights_is_of_a_recorded_run():
+    assert {*recorded_digests()} == {run.name for run in runs() if run.has_weights}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_recorded_is_what_the_log_says(name):
+    facts, recipe = read_yaml(facts_file(name)), read_yaml(recipe_file(name))
+    assert recipe["experiment"] == name
+    assert facts["split"] == recipe.get("val_split", "validation")
+    log = read_log(log_file(name))
+    assert sorted(log) == list(range(min(log), recipe["epochs"]))
+    for key in ("top1", "top5"):
+        assert abs(log[facts["epoch"]][f"eval_{key}"] - facts[key]) <= 0.05, key
+    for seed, top1 in (facts.get("other_seeds") or {}).items():
+        log = read_log(log_file(f"{name}.seed{seed}"))
+        assert sorted(log) == list(range(recipe["epochs"]))
+        assert abs(log[facts["epoch"]]["eval_top1"] - top1) <= 0.05, seed
+
+
+@pytest.mark.parametrize("names", [PRETRAINED, FINE_TUNED], ids=["pretrained", "fine-tuned"])
+def test_runs_that_are_compared_differ_in_the_model_and_its_start_only(names):
+    assert len(names) > 1
+    recipes = [read_yaml(recipe_file(name)) for name in names]
+    for recipe in recipes:
+        for key in ("model", "experiment", "pretrained", "pretrained_path"):
+            recipe.pop(key, None)
+    assert all(recipe == recipes[0] for recipe in recipes)
+
+
+@pytest.mark.parametrize("dataset", ["tiny-imagenet", "grocery-store"])
+def test_the_tables_of_runs_are_current(dataset):
+    text = (REPO / "weights/README.md").read_text(encoding="utf-8")
+    assert runs_table(runs(dataset)) in text, f"replace it by what `timm-ulsam list --runs {dataset}` prints"
+
+
+def test_every_recipe_belongs_to_a_recorded_run():
+    assert sorted(file.stem for file in (REPO / "weights/recipes").glob("*.yaml")) == NAMES
+
+
+def test_runs_as_json(capsys):
+    assert main(["list", "--runs", "tiny-imagenet", "--json"]) == 0
+    found = {run["name"]: run for run in json.loads(capsys.readouterr().out)}
+    ours, plain = found["mobilenetv2_ulsam.tin200"], found["mobilenetv2_100.tin200"]
+    assert (ours["has_weights"], plain["has_weights"]) == (True, False)
+    assert ours["epochs"] == plain["epochs"]
+    assert ours["cost"]["macs"] < 0.9 * plain["cost"]["macs"]
+
+
+def test_there_are_no_runs_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(tmp_path))
+    with pytest.raises(InputError, match="holds no records of runs: they are in a checkout"):
+        runs()
+
+
+def test_a_run_that_lacks_something_is_named(tmp_path, monkeypatch):
+    for folder in ("facts", "recipes"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(tmp_path))
+    facts_file("mobilenetv2_100.x").write_text("dataset: tiny-imagenet\ntop1: 1.0\n")
+    recipe_file("mobilenetv2_100.x").write_text("num_classes: 2\nimg_size: 32\nepochs: 1\n")
+    with pytest.raises(InputError, match=r"the facts or the recipe of mobilenetv2_100\.x lack 'top5'"):
+        runs()
+
+
+@pytest.mark.skipif("TIMM_SCRIPTS" not in os.environ, reason="TIMM_SCRIPTS does not name a checkout of timm's scripts")
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_hold_nothing_but_options_of_train_py(name, monkeypatch):
+    monkeypatch.setattr(sys, "path", [os.environ["TIMM_SCRIPTS"], *sys.path])
+    spec = importlib.util.spec_from_file_location("train", f"{os.environ['TIMM_SCRIPTS']}/train.py")
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    accepted = {action.dest for action in train.parser._actions}
+    assert {*yaml.safe_load(recipe_file(name).read_text())} <= accepted
