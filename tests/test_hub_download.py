@@ -14,7 +14,7 @@ from hub_server import Hub
 
 from timm_ulsam.pretrained import recorded_digests
 
-NAME = "mobilenetv2_ulsam.tin200"
+NAME = "mobilenetv2_ulsam.tin200_96"
 FOLDER = REPO / "weights" / NAME
 DIGEST = recorded_digests()[NAME]
 # older clients give up at a lost connection and keep the beginning, never as the file, to go on from there

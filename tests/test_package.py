@@ -1,9 +1,11 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from timm_ulsam.card import card
 from timm_ulsam.cli import main
+from timm_ulsam.errors import InputError, WeightsError
 from timm_ulsam.package import package as package_checkpoint
 from timm_ulsam.pretrained import file_digest, recorded_digests
+from timm_ulsam.records import facts_file, recipe_file
 
 NAMES = sorted(recorded_digests())
 ARCH = "mobilenetv2_ulsam_050"
@@ -52,6 +56,7 @@ def test_a_checkpoint_becomes_a_repository_that_timm_loads(run, capsys, tmp_path
     assert out == (f"{folder}: 3 classes, its EMA weights, SHA-256 {file_digest(folder / 'model.safetensors')}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     saved = torch.load(run / "model_best.pth.tar", weights_only=False)["state_dict_ema"]
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     for key, value in model.state_dict().items():
@@ -112,6 +117,9 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(run, capsys, 
     code, out, err = package(capsys, run, "--output", tmp_path / "new", checkpoint=tmp_path / "attack.pth.tar")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "attack.pth.tar holds other objects than tensors and plain values (posix.mkdir), or is damaged" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["attack.pth.tar"]
+    with pytest.raises(WeightsError, match=r"\(posix\.mkdir\)"):  # nor is it loaded, where timm would
+        timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "attack.pth.tar")))
     assert [path.name for path in tmp_path.iterdir()] == ["attack.pth.tar"]
 
 
@@ -235,16 +243,42 @@ def test_a_card_says_which_epoch_was_taken(checkpoint, says, run, cards, tmp_pat
     [
         ("mobilenetv2_ulsam.ra_in1k_init", "timm/mobilenetv2_100.ra_in1k", []),
         ("mobilenetv2_ulsam.tin200", "timm-ulsam/mobilenetv2_ulsam.tin200", ["Tiny ImageNet is a subset of ImageNet"]),
-        ("mobilenetv2_ulsam.mine", "timm-ulsam/mobilenetv2_ulsam.mine", []),
+        ("mobilenetv2_ulsam.mine", None, []),  # it is nowhere
     ],
 )
 def test_a_card_says_what_the_weights_started_from(start, repository, terms, cards):
     text = cards("last.pth.tar", started_from=start)
-    assert f"base_model: {repository} " in text
+    assert f"were fine-tuned from `{start}` on" in text
+    assert re.findall(r"base_model: (\S+)", text) == ([repository] if repository else [])
     assert f'timm.create_model("hf-hub:timm-ulsam/{ARCH}.test", pretrained=True)' in text  # timm does not know the tag
     assert "datasets:" not in text  # Grocery Store is not at the Hub
     assert "is under the MIT licence." in text
     assert [term for term in ["Tiny ImageNet is a subset of ImageNet"] if term in text] == terms
+
+
+def test_a_card_names_who_publishes_it(cards, capsys):
+    cards("last.pth.tar")
+    assert main(["card", f"{ARCH}.test", "--org", "someone"]) == 0
+    text = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+    assert text.count(f"hf-hub:someone/{ARCH}.test") == 3  # two in Python, validate.py
+    assert "timm-ulsam/" not in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "facts", "message"),
+    [
+        (dict(pretrained=True), {}, "lacks started_from"),
+        (dict(initial_checkpoint="a.safetensors"), {}, "lacks started_from"),
+        ({}, dict(started_from="mobilenetv2_ulsam.tin200"), "starts from scratch"),
+    ],
+)
+def test_a_card_without_a_start_that_its_recipe_has_is_refused(recipe, facts, message, cards):
+    cards("last.pth.tar")
+    name = f"{ARCH}.test"
+    recipe_file(name).write_text(yaml.safe_dump(dict(epochs=2, seed=1, **recipe)))
+    facts_file(name).write_text(yaml.safe_dump({**yaml.safe_load(facts_file(name).read_text()), **facts}))
+    with pytest.raises(InputError, match=message):
+        card(name)
 
 
 @pytest.fixture
@@ -275,7 +309,16 @@ def test_the_cards_are_current(name):
     )
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_ulsam.in99", "mobilenetv2_ulsam"])
-def test_a_card_of_no_weights_is_refused(name, capsys):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mobilenetv2_ulsam.in99", "so they have no card\n"),
+        ("mobilenetv2_ulsam", "so they have no card"),
+        ("mobilenetv2_ulsam.ra_in1k_init", "no card: An initialization for fine-tuning, not an ImageNet classifier"),
+    ],
+)
+def test_a_card_of_no_weights_is_refused(name, message, capsys):
     assert main(["card", name]) == 2
-    assert f"there are no weights {name!r}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"there are no weights {name!r}" in error
+    assert message in error

@@ -7,7 +7,7 @@ from hub_server import Hub
 
 from timm_ulsam.pretrained import recorded_digests
 
-NAME = "mobilenetv2_ulsam.tin200"
+NAME = "mobilenetv2_ulsam.tin200_96"
 MODEL = f"timm-ulsam/{NAME}"
 FILES = ["README.md", "config.json", "model.safetensors"]
 

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +14,7 @@ from conftest import REPO
 from timm_ulsam.cli import main
 from timm_ulsam.errors import InputError
 from timm_ulsam.pretrained import recorded_digests
-from timm_ulsam.records import facts_file, log_file, read_log, read_yaml, recipe_file, runs, runs_table
+from timm_ulsam.records import facts_file, log_file, read_log, read_yaml, recipe_file, runs, runs_table, start_of
 
 NAMES = sorted(file.stem for file in (REPO / "weights/facts").glob("*.yaml"))
 PRETRAINED = [name for name in NAMES if name.endswith(".tin200")]
@@ -27,15 +29,26 @@ def test_every_set_of_weights_is_of_a_recorded_run():
 def test_what_is_recorded_is_what_the_log_says(name):
     facts, recipe = read_yaml(facts_file(name)), read_yaml(recipe_file(name))
     assert recipe["experiment"] == name
+    assert recipe["model"].partition(".")[0] == name.partition(".")[0]
     assert facts["split"] == recipe.get("val_split", "validation")
     log = read_log(log_file(name))
-    assert sorted(log) == list(range(min(log), recipe["epochs"]))
+    assert sorted(log) == list(range(recipe["epochs"]))
     for key in ("top1", "top5"):
         assert abs(log[facts["epoch"]][f"eval_{key}"] - facts[key]) <= 0.05, key
     for seed, top1 in (facts.get("other_seeds") or {}).items():
         log = read_log(log_file(f"{name}.seed{seed}"))
         assert sorted(log) == list(range(recipe["epochs"]))
         assert abs(log[facts["epoch"]]["eval_top1"] - top1) <= 0.05, seed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_started_from_what_its_recipe_loads(name):
+    facts, recipe = read_yaml(facts_file(name)), read_yaml(recipe_file(name))
+    start = start_of(name, facts, recipe)
+    path = recipe.get("pretrained_path")
+    loaded = Path(path).parent.name if path else recipe["model"] if recipe.get("pretrained") else None
+    assert loaded == start
+    assert start is None or start in NAMES
 
 
 @pytest.mark.parametrize("names", [PRETRAINED, FINE_TUNED], ids=["pretrained", "fine-tuned"])
@@ -46,6 +59,8 @@ def test_runs_that_are_compared_differ_in_the_model_and_its_start_only(names):
         for key in ("model", "experiment", "pretrained", "pretrained_path"):
             recipe.pop(key, None)
     assert all(recipe == recipes[0] for recipe in recipes)
+    # of none was the best epoch picked out
+    assert all(read_yaml(facts_file(name))["epoch"] == recipes[0]["epochs"] - 1 for name in names)
 
 
 @pytest.mark.parametrize("dataset", ["tiny-imagenet", "grocery-store"])
@@ -67,19 +82,31 @@ def test_runs_as_json(capsys):
     assert ours["cost"]["macs"] < 0.9 * plain["cost"]["macs"]
 
 
-def test_there_are_no_runs_without_a_checkout(tmp_path, monkeypatch):
+def test_there_are_no_runs_without_a_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(tmp_path))
     with pytest.raises(InputError, match="holds no records of runs: they are in a checkout"):
         runs()
+    assert main(["list", "--runs", "tiny-imagenet"]) == 2
+    assert "they are in a checkout" in capsys.readouterr().err
 
 
-def test_a_run_that_lacks_something_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "recipe", "message"),
+    [
+        ("mobilenetv2_100.x", dict(img_size=32), "the facts or the recipe of mobilenetv2_100.x lack 'top5'"),
+        ("mobilenetv2_100.x", {}, "the facts or the recipe of mobilenetv2_100.x lack 'img_size'"),
+        ("mobilnet.x", dict(img_size=32), "mobilnet cannot be built with the recipe of mobilnet.x: Unknown model"),
+        ("mobilenetv2_100.x", dict(img_size=32, model_kwargs=dict(splits=2)), "cannot be built with the recipe"),
+        ("mobilenetv2_100.x", dict(img_size=32, pretrained=True), "lacks started_from"),
+    ],
+)
+def test_a_run_that_lacks_something_is_named(name, recipe, message, tmp_path, monkeypatch):
     for folder in ("facts", "recipes"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(tmp_path))
-    facts_file("mobilenetv2_100.x").write_text("dataset: tiny-imagenet\ntop1: 1.0\n")
-    recipe_file("mobilenetv2_100.x").write_text("num_classes: 2\nimg_size: 32\nepochs: 1\n")
-    with pytest.raises(InputError, match=r"the facts or the recipe of mobilenetv2_100\.x lack 'top5'"):
+    facts_file(name).write_text("dataset: tiny-imagenet\ntop1: 1.0\n")
+    recipe_file(name).write_text(yaml.safe_dump(dict(num_classes=2, epochs=1, **recipe)))
+    with pytest.raises(InputError, match=re.escape(message)):
         runs()
 
 

@@ -117,6 +117,9 @@ def test_the_wheel_carries_the_default_weights_only_and_stays_small():
     wheel = build["targets"]["wheel"]
     for source, place in wheel["force-include"].items():
         assert place == f"timm_ulsam/{source}"
+    assert {
+        name for name in NAMES if not {f"weights/{name}", f"weights/{name}/config.json"} & {*wheel["force-include"]}
+    } == set()
     carried = {source.split("/")[1] for source in wheel["force-include"] if bytes_in(REPO / source) > 1e6}
     defaults = {f"{cfg.architecture}.{cfg.tag}" for cfg in map(timm.get_pretrained_cfg, model_names())}
     assert carried == defaults & {*NAMES}

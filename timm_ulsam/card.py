@@ -16,50 +16,50 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import model_entrypoint
 
 from .errors import InputError
-from .pretrained import HUB_ORG, WEIGHTS_FILE, file_digest, weights_dir
-from .records import dataset_of, facts_file, read_yaml, recipe_file
+from .files import write_text
+from .pretrained import HUB_ORG, WEIGHTS_FILE, file_digest, recorded_digests, weights_dir
+from .records import dataset_of, facts_file, read_yaml, recipe_file, start_of
 from .systems import cost, system_of
 
 _TIMM = "[timm](https://github.com/huggingface/pytorch-image-models)"
 
 
-def card(name: str, folder: Path | None = None) -> str:
+def card(name: str, org: str = HUB_ORG) -> str:
     """The model card of the weights `<arch>.<tag>`.
 
     Args:
         name: Of the weights.
-        folder: Holds model.safetensors and config.json; `weights/<arch>.<tag>/` by default.
+        org: Organization or user at the Hub whose repository they become; the card of a tag that timm does not know
+            names it.
 
     Raises:
         InputError: If the facts, the recipe, the weights or an entry of them are missing; names what.
     """
-    folder = folder or weights_dir() / name
+    folder = weights_dir() / name
     if not (folder / WEIGHTS_FILE).is_file():
-        raise InputError(f"there are no weights {name!r} in {folder}")
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
+        said = f": {cfg.description}" if cfg and cfg.description else ""
+        raise InputError(f"there are no weights {name!r} in {weights_dir()}, so they have no card{said}")
     facts = read_yaml(facts_file(name))
     recipe = read_yaml(recipe_file(name))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        return _head(name, facts, config) + _text(name, folder, facts, recipe, config)
+        return _head(name, org, facts, config) + _text(name, org, facts, recipe, config)
     except KeyError as error:
         raise InputError(f"the facts or the recipe of {name} lack {error}") from error
 
 
-def write_card(name: str) -> Path:
+def write_card(name: str, org: str = HUB_ORG) -> Path:
     """Write the model card into the folder of the weights; returns the file.
 
-    Raises:
-        InputError: As `card`.
+    Args and raises as for `card`.
     """
-    text = card(name)
     file = weights_dir() / name / "README.md"
-    temporary = file.with_name(".README.md.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, card(name, org))
     return file
 
 
-def _head(name: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
+def _head(name: str, org: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
     data = dataset_of(facts["dataset"])
     measured = {"top-1": facts["top1"], "top-5": facts["top5"]}
     result = {
@@ -76,16 +76,16 @@ def _head(name: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
         **({"datasets": [data["hub"]]} if "hub" in data else {}),
         "metrics": ["accuracy"],
     }
-    if "started_from" in facts:
-        start = facts["started_from"]
-        # of an initialization it is timm's own repository
-        known = timm.get_pretrained_cfg(start).hf_hub_id if timm.is_model_pretrained(start) else None
-        head["base_model"] = known or f"{HUB_ORG}/{start}"
+    start = facts.get("started_from")
+    if start and timm.is_model_pretrained(start):
+        head["base_model"] = timm.get_pretrained_cfg(start).hf_hub_id  # of an initialization, timm's own repository
+    elif start in recorded_digests():
+        head["base_model"] = f"{org}/{start}"
     head["model-index"] = [{"name": name, "results": [result]}]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any], config: dict[str, Any]) -> str:
+def _text(name: str, org: str, facts: dict[str, Any], recipe: dict[str, Any], config: dict[str, Any]) -> str:
     arch = config["architecture"]
     data, cfg = dataset_of(facts["dataset"]), config["pretrained_cfg"]
     folder_of_data, split, size = facts["dataset"], facts["split"], cfg["input_size"][-1]
@@ -93,11 +93,11 @@ def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any]
     papers = ", ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in system.papers)
     model_args = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
     model_cost = cost(timm.create_model(arch, device="meta", **model_args), size)
-    file = folder / WEIGHTS_FILE
-    if "started_from" not in facts and (recipe.get("pretrained") or recipe.get("initial_checkpoint")):
-        raise InputError(f"{facts_file(name)} lacks started_from: the recipe of {name} starts from weights")
-    start = f"fine-tuned from `{facts['started_from']}`" if "started_from" in facts else "trained from scratch"
-    by_name = name if timm.is_model_pretrained(name) else f"hf-hub:{HUB_ORG}/{name}"
+    file = weights_dir() / name / WEIGHTS_FILE
+    started_from = start_of(name, facts, recipe)
+    start = f"fine-tuned from `{started_from}`" if started_from else "trained from scratch"
+    by_name = name if timm.is_model_pretrained(name) else f"hf-hub:{org}/{name}"
+    run = f"seed {recipe['seed']}" if facts.get("other_seeds") else f"one run, seed {recipe['seed']}"
     measured = f"the {data['images'][split]:,} {split} images of {data['name']}"
 
     hardware = f" on {facts['hardware']}" if "hardware" in facts else ""
@@ -105,7 +105,7 @@ def _text(name: str, folder: Path, facts: dict[str, Any], recipe: dict[str, Any]
     summary = f"""{described} The system is {system.name}, {papers}: {system.changes}. These weights were {start} on
         {data["name"]} at {size} px. A model of {_TIMM} with the plugin timm-ulsam installed."""
     trained = f"""{recipe["epochs"]} epochs{hardware} with timm's train.py and the recipe
-        `weights/recipes/{name}.yaml` of the timm-ulsam repository, one run, seed {recipe["seed"]}; the log is
+        `weights/recipes/{name}.yaml` of the timm-ulsam repository, {run}; the log is
         `weights/logs/{name}.csv`. {_which_epoch(facts, recipe)}"""
     device = f"""Add `--device cpu` to validate.py where there is no GPU. `{folder_of_data}/` is an ImageFolder tree:
         {data["tree"]}."""

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: timm-ulsam card mobilenetv2_ulsam.tin200",
     )
     card.add_argument("names", nargs="+", metavar="NAME", help="weights, ARCH.TAG")
+    card.add_argument("--org", help="organization or user that is to publish them (default: timm-ulsam)")
     card.set_defaults(run=_card)
 
     publish = verbs.add_parser(
@@ -104,19 +105,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(args: argparse.Namespace) -> None:
     from .errors import InputError
-    from .records import dataset_of, runs, runs_table
+    from .records import runs, runs_table
     from .systems import SYSTEMS, costs_table, systems_table
     from .zoo import entries, markdown_table, text_table
 
     if args.systems:
-        if args.json or args.system or args.runs:
+        if args.json or args.system or args.runs is not None:
             raise InputError("--systems prints the tables of all systems; not with --json, --system or --runs")
         print(f"{systems_table()}\n\n{costs_table()}")
         return
-    if args.runs:
+    if args.runs is not None:
         if args.system:
             raise InputError("--runs prints the runs of all systems and of none; not with --system")
-        dataset_of(args.runs)
         found = runs(args.runs)
         print(json.dumps([asdict(run) for run in found], indent=2) if args.json else runs_table(found))
         return
@@ -193,9 +193,10 @@ def _package(args: argparse.Namespace) -> None:
 
 def _card(args: argparse.Namespace) -> None:
     from .card import write_card
+    from .pretrained import HUB_ORG
 
     for name in args.names:
-        print(write_card(name))
+        print(write_card(name, args.org or HUB_ORG))
 
 
 def _publish(args: argparse.Namespace) -> None:

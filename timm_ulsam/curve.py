@@ -35,15 +35,15 @@ def draw_curves(logs: Sequence[str | Path], out: str | Path) -> None:
     Raises:
         InputError: If a log cannot be read, or the picture cannot be written (see `check_picture`).
     """
+    curves = [read_curve(log) for log in logs]
     check_picture(out)
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    curves = [read_curve(log) for log in logs]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, measured in curves:
-        axes.plot(list(measured), list(measured.values()), label=f"{name}: {measured[max(measured)]:.1f} %")
+        axes.plot(list(measured), list(measured.values()), marker=".", label=f"{name}: {measured[max(measured)]:.1f} %")
     axes.set(xlabel="epoch", ylabel="top-1 accuracy, %")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

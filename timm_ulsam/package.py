@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import pickle
 import re
-import shutil
 import tempfile
 import textwrap
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from typing import Any
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import clean_state_dict, save_for_hf
@@ -24,6 +21,7 @@ from torch import nn
 from . import models  # noqa: F401  (registers them)
 from .card import write_card
 from .errors import InputError
+from .files import read_weights, write_text
 from .models._build import check_fits
 from .pretrained import WEIGHTS_FILE, file_digest, record_digest, weights_dir
 from .publish import FILES
@@ -94,8 +92,8 @@ def package(
         output: Folder to write, in the place of the one in the checkout; nothing else is recorded then.
 
     Raises:
-        InputError: If an argument does not fit, or the checkpoint cannot be read without running code, is not of this
-            architecture, or has other classes. Nothing is written then.
+        InputError: If an argument does not fit, or the checkpoint is not of this architecture or has other classes.
+        WeightsError: If the checkpoint cannot be read without running code. Nothing is written in either case.
     """
     if arch not in model_names():
         raise InputError(f"{arch!r} is no model of this zoo; see timm-ulsam list")
@@ -137,28 +135,15 @@ def package(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint of train.py, or a safetensors file; no object is unpickled but tensors and plain values.
+    """Read a checkpoint of train.py, or a safetensors file.
 
     Raises:
-        InputError: If it cannot be read, holds anything else, or no weights.
+        InputError: If it holds no weights.
+        WeightsError: As `read_weights`.
     """
-    try:
-        if path.suffix == ".safetensors":
-            return Checkpoint(load_file(path), "its weights", {}, None)
-        # train.py keeps its options as a namespace, which holds values and runs nothing
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        found = f" ({named[1]})" if named else ""
-        raise InputError(
-            f"{path} holds other objects than tensors and plain values{found}, or is damaged; reading those could run "
-            "code, so it is refused: save its weights as safetensors where it comes from"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file may fail anywhere
-        raise InputError(f"{path} is not a whole checkpoint: {error}") from error
+    saved = read_weights(path)
+    if path.suffix == ".safetensors":
+        return Checkpoint(saved, "its weights", {}, None)
     if not isinstance(saved, dict):
         raise InputError(f"{path} holds no weights")
     options = saved.get("args") or {}
@@ -264,6 +249,7 @@ def _save(model: nn.Module, data: dict[str, Any], tag: str, names: dict[str, str
     # transformers gives the number of classes to timm itself, and chokes where it is given twice
     config.get("model_args", {}).pop("num_classes", None)
     config_file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / WEIGHTS_FILE).chmod(config_file.stat().st_mode)  # safetensors writes files for their owner alone
 
 
 def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
@@ -289,10 +275,9 @@ def _record(name: str, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     steps = []
     log = path.parent / "summary.csv"
     if log.is_file():
-        kept_log.parent.mkdir(exist_ok=True)
-        shutil.copyfile(log, kept_log)
+        write_text(kept_log, log.read_text(encoding="utf-8"))
     if facts and not (file.is_file() and read_yaml(file) == facts):  # what stands there may have comments
-        file.write_text(yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+        write_text(file, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120))
     if not facts:
         steps.append(f"measure it and record that in {file}")
     if not recipe.is_file():
@@ -304,5 +289,6 @@ def _record(name: str, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     except InputError as error:
         steps.append(f"timm-ulsam card {name}, when this is mended: {error}")
     if name not in timm.list_pretrained(arch):
-        steps.append(f"put the tag {tag!r} into default_cfgs of {timm.models.model_entrypoint(arch).__module__}")
+        module = timm.models.model_entrypoint(arch).__module__
+        steps.append(f"put the tag {tag!r} into default_cfgs of {module}, then timm-ulsam card {name}")
     return tuple(steps)

@@ -21,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from safetensors import SafetensorError, safe_open
 
 from .errors import WeightsError
+from .files import read_weights, write_text
 
 if TYPE_CHECKING:
     # for annotations only: importing timm from here would have its hook import this module half-made
@@ -127,10 +128,7 @@ def record_digest(name: str, digest: str) -> None:
     """Record the SHA-256 of the weights `<arch>.<tag>`; the digests of all others stay as they are."""
     sums = weights_dir() / _SUMS_FILE
     digests = {**(recorded_digests() if sums.is_file() else {}), name: digest}
-    temporary = sums.with_name(f".{_SUMS_FILE}.part")
-    rows = [f"{digests[name]}  {name}/{WEIGHTS_FILE}\n" for name in sorted(digests)]
-    temporary.write_text("".join(rows), encoding="utf-8")
-    temporary.replace(sums)
+    write_text(sums, "".join(f"{digests[name]}  {name}/{WEIGHTS_FILE}\n" for name in sorted(digests)))
     recorded_digests.cache_clear()
 
 
@@ -143,8 +141,8 @@ def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "P
     from another organization's repository (timm's, for an initialization) are no more than that.
 
     Raises:
-        WeightsError: If a file is truncated or altered, is one of the zoo without a recorded digest, or is at the Hub
-            and no safetensors file.
+        WeightsError: If a file is truncated or altered, is one of the zoo without a recorded digest, is at the Hub and
+            no safetensors file, or would run code when it is read.
     """
     name = f"{cfg.architecture}.{cfg.tag}"
     if cfg.state_dict:
@@ -156,6 +154,8 @@ def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "P
             check_digest(file, recorded_digest(name))
         elif file.suffix == ".safetensors" and file.is_file():
             _check_whole(file)
+        elif file.is_file():
+            read_weights(file)  # refuses what would run code, which older versions of timm load
     elif cfg.hf_hub_id:
         # timm is given the file that was checked, not the name of one that may be another by then
         return dataclasses.replace(cfg, file=str(_from_hub(cfg, name, cache_dir)), source="file")

@@ -63,7 +63,7 @@ def read_log(file: Path) -> dict[int, dict[str, float]]:
         return {int(row.pop("epoch")): {key: float(value) for key, value in row.items() if value} for row in rows}
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{file} is no summary.csv of train.py") from error
 
 
@@ -77,6 +77,21 @@ def dataset_of(key: str) -> dict[str, Any]:
     if key not in datasets:
         raise InputError(f"unknown data set {key!r}; accepted: {', '.join(datasets)}")
     return datasets[key]
+
+
+def start_of(name: str, facts: dict[str, Any], recipe: dict[str, Any]) -> str | None:
+    """Name of the weights that a run started from; None from scratch.
+
+    Raises:
+        InputError: If recipe and facts do not say the same.
+    """
+    start = facts.get("started_from")
+    starts = any(recipe.get(key) for key in ("pretrained", "pretrained_path", "initial_checkpoint"))
+    if starts and start is None:
+        raise InputError(f"{facts_file(name)} lacks started_from: the recipe of {name} starts from weights")
+    if start is not None and not starts:
+        raise InputError(f"{facts_file(name)} has started_from, but the recipe of {name} starts from scratch")
+    return start
 
 
 @dataclass(frozen=True)
@@ -110,28 +125,29 @@ def runs(dataset: str | None = None) -> list[Run]:
     """All recorded runs, or those on one data set.
 
     Raises:
-        InputError: If there are no records (they are not part of an installed package), or one of them lacks something.
+        InputError: If there are no records (they are not part of an installed package), the data set is none of
+            `weights/datasets.yaml`, or a record lacks something.
     """
     folder = weights_dir() / "facts"
     if not folder.is_dir():
         raise InputError(f"{weights_dir()} holds no records of runs: they are in a checkout")
-    found = [_run(file.stem) for file in sorted(folder.glob("*.yaml"))]
-    return [run for run in found if dataset in (None, run.dataset)]
+    if dataset is not None:
+        dataset_of(dataset)
+    found = [(file.stem, read_yaml(file)) for file in sorted(folder.glob("*.yaml"))]
+    return [_run(name, facts) for name, facts in found if dataset in (None, facts.get("dataset"))]
 
 
-def _run(name: str) -> Run:
-    facts, recipe = read_yaml(facts_file(name)), read_yaml(recipe_file(name))
+def _run(name: str, facts: dict[str, Any]) -> Run:
+    recipe = read_yaml(recipe_file(name))
+    arch = name.partition(".")[0]
     try:
-        classes, size = recipe["num_classes"], recipe["img_size"]
-        model = timm.create_model(
-            name.partition(".")[0], num_classes=classes, device="meta", **(recipe.get("model_kwargs") or {})
-        )
+        model_args = {"num_classes": recipe["num_classes"], **(recipe.get("model_kwargs") or {})}
         return Run(
             name=name,
             dataset=facts["dataset"],
-            started_from=facts.get("started_from"),
+            started_from=start_of(name, facts, recipe),
             epochs=recipe["epochs"],
-            cost=cost(model, size),
+            cost=cost(timm.create_model(arch, device="meta", **model_args), recipe["img_size"]),
             top1=facts["top1"],
             top5=facts["top5"],
             seeds=(facts["top1"], *(facts.get("other_seeds") or {}).values()),
@@ -139,6 +155,8 @@ def _run(name: str) -> Run:
         )
     except KeyError as error:
         raise InputError(f"the facts or the recipe of {name} lack {error}") from error
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{arch} cannot be built with the recipe of {name}: {error}") from error
 
 
 def runs_table(found: list[Run]) -> str:

@@ -88,12 +88,14 @@ def _weights(name: str) -> Weights:
     )
 
 
-HEAD = ("model", "system", "parameters", "MACs", "at px", "weights", "px", "top-1", "top-5", "MB", "recipe")
-NUMBERS = ("parameters", "MACs", "at px", "px", "top-1", "top-5", "MB")
+_OF_MODELS = ("model", "system", "parameters", "MACs", "MACs at px")
+_OF_WEIGHTS = ("weights", "weights px", "top-1", "top-5", "MB", "recipe")
+_HEAD = (*_OF_MODELS, *_OF_WEIGHTS)
+_NUMBERS = {*_HEAD} - {"model", "system", "weights", "recipe"}
 
 
-def rows(zoo: list[Entry]) -> list[tuple[str, ...]]:
-    """Printable rows under `HEAD`, one a set of weights."""
+def _rows(zoo: list[Entry]) -> list[tuple[str, ...]]:
+    """Printable rows under `_HEAD`, one a set of weights."""
     found = []
     for entry in zoo:
         model = (entry.name, entry.system, f"{entry.parameters:,}", f"{entry.macs / 1e6:,.2f}M", str(entry.image_size))
@@ -102,16 +104,16 @@ def rows(zoo: list[Entry]) -> list[tuple[str, ...]]:
             size = "" if weights.bytes is None else f"{weights.bytes / 1e6:.1f}"
             found.append((*model, tag, str(weights.image_size), *accuracy, size, weights.recipe or ""))
         if not entry.weights:
-            found.append((*model, "none yet", "", "", "", "", ""))
+            found.append((*model, "none yet", *[""] * (len(_OF_WEIGHTS) - 1)))
     return found
 
 
 def markdown_table(zoo: list[Entry]) -> str:
     """The README's table of the zoo."""
-    lines = [(f"`{name}`", *rest, f"[yaml]({recipe})" if recipe else "") for name, *rest, recipe in rows(zoo)]
-    return markdown(HEAD, lines, numbers=NUMBERS)
+    lines = [(f"`{name}`", *rest, f"[yaml]({recipe})" if recipe else "") for name, *rest, recipe in _rows(zoo)]
+    return markdown(_HEAD, lines, numbers=_NUMBERS)
 
 
 def text_table(zoo: list[Entry]) -> str:
     """The same for a terminal, without the recipes."""
-    return text(HEAD[:-1], [row[:-1] for row in rows(zoo)], numbers=NUMBERS)
+    return text(_HEAD[:-1], [row[:-1] for row in _rows(zoo)], numbers=_NUMBERS)
