@@ -18,7 +18,7 @@ from timm_ulsam.records import facts_file, log_file, read_log, read_yaml, recipe
 
 NAMES = sorted(file.stem for file in (REPO / "weights/facts").glob("*.yaml"))
 PRETRAINED = [name for name in NAMES if name.endswith(".tin200")]
-FINE_TUNED = [name for name in NAMES if name.endswith("grocery81")]
+FINE_TUNED = [name for name in NAMES if name.endswith((".grocery81", ".tin200_ft_grocery81"))]
 
 
 def test_every_set_of_weights_is_of_a_recorded_run():
@@ -65,7 +65,7 @@ def test_runs_that_are_compared_differ_in_the_model_and_its_start_only(names):
 
 @pytest.mark.parametrize("dataset", ["tiny-imagenet", "grocery-store"])
 def test_the_tables_of_runs_are_current(dataset):
-    text = (REPO / "weights/README.md").read_text(encoding="utf-8")
+    text = (REPO / "README.md").read_text(encoding="utf-8")
     assert runs_table(runs(dataset)) in text, f"replace it by what `timm-ulsam list --runs {dataset}` prints"
 
 
