@@ -208,6 +208,7 @@ default_cfgs = generate_default_cfgs(
         "mobilenetv2_ulsam.tin200_96": _trained_cfg("mobilenetv2_ulsam.tin200_96", 200, 96),
         "mobilenetv2_ulsam.tin200": _trained_cfg("mobilenetv2_ulsam.tin200", 200, 64),
         "mobilenetv2_ulsam.tin200_ft_grocery81": _trained_cfg("mobilenetv2_ulsam.tin200_ft_grocery81", 81, 96),
+        "mobilenetv2_ulsam.tin200_96_ft_grocery81": _trained_cfg("mobilenetv2_ulsam.tin200_96_ft_grocery81", 81, 128),
         "mobilenetv2_ulsam.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_s.untrained": _cfg(),
         # A name without a tag gives weights that classify as they are. Of the initializations only this one does, so it
