@@ -16,6 +16,7 @@ from timm_ulsam.errors import InputError
 from timm_ulsam.pretrained import recorded_digests
 from timm_ulsam.records import facts_file, log_file, read_log, read_yaml, recipe_file, runs, runs_table, start_of
 
+SCRIPTS = os.environ.get("TIMM_SCRIPTS")
 NAMES = sorted(file.stem for file in (REPO / "weights/facts").glob("*.yaml"))
 PRETRAINED = [name for name in NAMES if name.endswith(".tin200")]
 FINE_TUNED = [name for name in NAMES if name.endswith((".grocery81", ".tin200_ft_grocery81"))]
@@ -110,11 +111,11 @@ def test_a_run_that_lacks_something_is_named(name, recipe, message, tmp_path, mo
         runs()
 
 
-@pytest.mark.skipif("TIMM_SCRIPTS" not in os.environ, reason="TIMM_SCRIPTS does not name a checkout of timm's scripts")
+@pytest.mark.skipif(not SCRIPTS, reason="TIMM_SCRIPTS does not name a checkout of pytorch-image-models")
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_hold_nothing_but_options_of_train_py(name, monkeypatch):
-    monkeypatch.setattr(sys, "path", [os.environ["TIMM_SCRIPTS"], *sys.path])
-    spec = importlib.util.spec_from_file_location("train", f"{os.environ['TIMM_SCRIPTS']}/train.py")
+    monkeypatch.setattr(sys, "path", [SCRIPTS, *sys.path])
+    spec = importlib.util.spec_from_file_location("train", f"{SCRIPTS}/train.py")
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
     accepted = {action.dest for action in train.parser._actions}
