@@ -130,7 +130,8 @@ def _text(name: str, org: str, facts: dict[str, Any], recipe: dict[str, Any], co
 import timm
 
 model = timm.create_model("{by_name}", pretrained=True).eval()
-backbone = timm.create_model("{by_name}", pretrained=True, num_classes=10)  # to fine-tune
+# to fine-tune on 10 classes
+model = timm.create_model("{by_name}", pretrained=True, num_classes=10)
 ```
 
 ## How it was trained and measured
