@@ -100,7 +100,11 @@ def test_predict_json(capsys, photograph):
             ["{photo}", "--model", "mobilenetv2_ulsm"],
             "unknown model 'mobilenetv2_ulsm'; did you mean mobilenetv2_ulsam",
         ),
-        (["{photo}", "--model", "mobilenetv2_ulsam_s"], "has no pretrained weights; models of this zoo that have: mob"),
+        (["{photo}", "--model", "resnet50_sa"], "has no pretrained weights; models of this zoo that have: mob"),
+        (
+            ["{photo}", "--model", "mobilenetv2_ulsam_s"],
+            "mobilenetv2_ulsam_s without a tag has no weights; there are: mobilenetv2_ulsam_s.ra_in1k_init",
+        ),
         (
             ["{photo}", "--model", "mobilenetv2_ulsam.in99"],
             "no weights 'in99'; it has: mobilenetv2_ulsam.ra_in1k_init, mob",

@@ -14,13 +14,22 @@ from timm_ulsam.pretrained import WeightsError
 from timm_ulsam.zoo import entries
 
 V2, LARGE = "mobilenetv2_ulsam.ra_in1k_init", "mobilenetv2_ulsam_l.ra_in1k_init"
+SMALL, HALF = "mobilenetv2_ulsam_s.ra_in1k_init", "mobilenetv2_ulsam_050.lamb_in1k_init"
 V1 = "mobilenetv1_ulsam.ra4_e3600_r224_in1k_init"
 SOURCES = {
     V1: "mobilenetv1_100.ra4_e3600_r224_in1k",
     V2: "mobilenetv2_100.ra_in1k",
+    SMALL: "mobilenetv2_100.ra_in1k",
+    HALF: "mobilenetv2_050.lamb_in1k",
     LARGE: "mobilenetv2_100.ra_in1k",
 }
-UNUSED = {V1: "blocks.3.5.", V2: ("blocks.4.2.", "blocks.5.2."), LARGE: ()}
+UNUSED = {
+    V1: ("blocks.3.5.",),
+    V2: ("blocks.4.2.", "blocks.5.2."),
+    SMALL: ("blocks.4.1.", "blocks.4.2.", "blocks.5.1.", "blocks.5.2."),
+    HALF: ("blocks.4.2.", "blocks.5.2."),
+    LARGE: (),
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +97,13 @@ def test_the_tag_says_that_it_is_no_classifier_of_its_own(name):
 
 @pytest.mark.parametrize(
     ("name", "tag"),
-    [("mobilenetv2_ulsam", "tin200_96"), ("mobilenetv2_ulsam_l", "ra_in1k_init"), ("mobilenetv1_ulsam", "untrained")],
+    [
+        ("mobilenetv2_ulsam", "tin200_96"),
+        ("mobilenetv2_ulsam_s", "untrained"),
+        ("mobilenetv2_ulsam_l", "ra_in1k_init"),
+        ("mobilenetv2_ulsam_050", "untrained"),
+        ("mobilenetv1_ulsam", "untrained"),
+    ],
 )
 def test_what_a_name_without_a_tag_means(name, tag):
     assert timm.get_pretrained_cfg(name).tag == tag
@@ -103,7 +118,7 @@ def test_the_zoo_lists_them_without_accuracy():
 # what is kept, and what ULSAM starts as
 
 
-@pytest.mark.parametrize("name", [V1, V2])
+@pytest.mark.parametrize("name", [V1, V2, SMALL, HALF])
 def test_every_shared_block_is_kept_and_nothing_else(name, create, plain):
     state, theirs = create(name).state_dict(), plain[SOURCES[name]][0].state_dict()
     shared = {key for key in theirs if not key.startswith(UNUSED[name])}

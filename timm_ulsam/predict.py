@@ -58,6 +58,8 @@ def load_model(name: str) -> nn.Module:
         if not with_weights:
             ours = [n for n in model_names() if timm.is_model_pretrained(n)]
             raise InputError(f"{arch} has no pretrained weights; models of this zoo that have: {', '.join(ours)}")
+        if not timm.is_model_pretrained(name):
+            raise InputError(f"{name} without a tag has no weights; there are: {', '.join(with_weights)}")
     try:
         return timm.create_model(name, pretrained=True).eval()
     except WeightsError:
