@@ -196,11 +196,14 @@ def test_in_a_checkout_digest_log_facts_and_card_are_kept(run, checkout, tmp_pat
     assert digest in text
     assert sorted(path.name for path in (weights / name).iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
-    (weights / "facts" / f"{name}.yaml").write_text("dataset: tiny-imagenet\nsplit: validation\n")
+    (weights / "facts" / f"{name}.yaml").write_text("# Why.\n# Because.\ndataset: tiny-imagenet\nsplit: validation\n")
     assert "the facts or the recipe of " + name + " lack 'top1'" in tool("card", name).stderr
     again = tool(*argv)  # the same name once more: replaced, measured anew
     assert again.returncode == 0, again.stderr
     assert (weights / name / "README.md").read_text(encoding="utf-8") == text
+    kept = (weights / "facts" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert kept.startswith("# Why.\n# Because.\ndataset: tiny-imagenet\n")
+    assert yaml.safe_load(kept) == facts
 
 
 @pytest.mark.parametrize(

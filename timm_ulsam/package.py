@@ -6,6 +6,7 @@ import re
 import tempfile
 import textwrap
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,12 @@ def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options
     return {**old, **new, "epoch": read.epoch, "checkpoint": path.name}
 
 
+def _heading(file: Path) -> str:
+    """The comment that a file begins with, which YAML does not read; "" if there is none, or no file."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return "".join(takewhile(lambda line: line.startswith("#"), lines))
+
+
 def _record(name: str, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     """Keep the log and the facts, write the card; returns what is left to do by hand."""
     file, recipe, kept_log = facts_file(name), recipe_file(name), log_file(name)
@@ -277,7 +284,8 @@ def _record(name: str, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     if log.is_file():
         write_text(kept_log, log.read_text(encoding="utf-8"))
     if facts and not (file.is_file() and read_yaml(file) == facts):  # what stands there may have comments
-        write_text(file, yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120))
+        written = yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120)
+        write_text(file, _heading(file) + written)
     if not facts:
         steps.append(f"measure it and record that in {file}")
     if not recipe.is_file():
