@@ -30,7 +30,7 @@ def with_identity(offset: torch.Tensor) -> torch.Tensor:
     """Weight of a grouped 1x1 convolution, from its offset from the identity."""
     # made anew and no buffer: it would have to be filled again where a model comes from the meta device
     channels, per_group = offset.shape[:2]
-    eye = torch.eye(per_group, device=offset.device, dtype=offset.dtype)
+    eye = offset.new_ones(per_group).diag()  # torch.fx of PyTorch 2.8 cannot trace torch.eye on its device
     return offset + eye.repeat(channels // per_group, 1)[:, :, None, None]
 
 
@@ -103,7 +103,7 @@ class AverageBranch(nn.Module):
     ) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        self.dilation = conv.dilation[0]
+        self.dilation, self.channels = conv.dilation[0], conv.out_channels
         self.conv = self.bn = None
         if not depthwise:
             self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=conv.groups, bias=False, **dd)
@@ -113,9 +113,9 @@ class AverageBranch(nn.Module):
     def _average(self, x: torch.Tensor) -> torch.Tensor:
         if self.dilation == 1:
             return F.avg_pool2d(x, self.kernel_size, self.stride, self.padding)
-        channels, area = x.shape[1], self.kernel_size * self.kernel_size
-        weight = torch.full((channels, 1, self.kernel_size, self.kernel_size), 1 / area, device=x.device, dtype=x.dtype)
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, channels)
+        area = self.kernel_size * self.kernel_size
+        weight = x.new_full((self.channels, 1, self.kernel_size, self.kernel_size), 1 / area)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.conv is None or self.bn is None:

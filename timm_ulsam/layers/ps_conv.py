@@ -54,8 +54,9 @@ class _MaskedConv2d(nn.Conv2d):
         return blocks.unflatten(3, (self.parts, -1))
 
     def _mask(self) -> torch.Tensor:
-        # computed, not stored: nothing to lose where modules are copied, materialized or saved
-        part = torch.arange(self.parts, device=self.weight.device)
+        # Computed, not stored: nothing to lose where modules are copied, materialized or saved. Made of the weight, as
+        # torch.fx of PyTorch 2.8 cannot trace torch.arange on the device of one.
+        part = self.weight.new_ones(self.parts, dtype=torch.long).cumsum(0)
         return (part.view(-1, 1, 1, 1, 1, 1) - part.view(-1, 1, 1, 1)) % (self.parts // 2) == 0
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """ULSAM in few kernels for NVIDIA GPUs: the same arithmetic as `reference`, x read once or a few times.
 
-Needs Triton, and PyTorch 2.6 or newer for its operators; importing this module fails with ImportError otherwise.
+Needs Triton; importing this module fails with ImportError otherwise.
 """
 
 import math
