@@ -30,8 +30,11 @@ def with_identity(offset: torch.Tensor) -> torch.Tensor:
     """Weight of a grouped 1x1 convolution, from its offset from the identity."""
     # made anew and no buffer: it would have to be filled again where a model comes from the meta device
     channels, per_group = offset.shape[:2]
-    eye = offset.new_ones(per_group).diag()  # torch.fx of PyTorch 2.8 cannot trace torch.eye on its device
+    eye = torch.eye(per_group, device=offset.device, dtype=offset.dtype)
     return offset + eye.repeat(channels // per_group, 1)[:, :, None, None]
+
+
+torch.fx.wrap("with_identity")  # that of PyTorch 2.8 cannot trace torch.eye on the device of a tensor
 
 
 class IdentityConv2d(nn.Module):
