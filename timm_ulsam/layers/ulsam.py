@@ -167,9 +167,11 @@ class ULSAM(nn.Module):
     def _is_fusable(self, x: torch.Tensor) -> bool:
         # synchronized, split and frozen batch norms, other activations, quantized convolutions, hooks: modules to call
         modules = self._modules
+        ours = list(modules.values())[: len(_FUSABLE)]  # a subclass may have more
         if not (
             isinstance(x, torch.Tensor)
-            and all(_is_unchanged(module, kind) for module, kind in zip(modules.values(), _FUSABLE, strict=False))
+            # a list, as torch.compile of PyTorch 2.8 does not look into a generator
+            and all([_is_unchanged(module, kind) for module, kind in zip(ours, _FUSABLE, strict=True)])  # noqa: C419
             and type(self).attention is ULSAM.attention
             and not _has_global_hooks()
         ):
