@@ -8,13 +8,15 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
+from packaging.version import Version
 
 from timm_ulsam.ops import reference
 from timm_ulsam.ops.reference import Norm
 
-pytest.importorskip("triton", reason="the GPU's kernels need Triton")
+triton = pytest.importorskip("triton", reason="the GPU's kernels need Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = torch.cuda.is_available() or INTERPRETED
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -347,7 +349,8 @@ def test_compiles_to_one_graph(training):
         torch.compile(call, backend=backend, fullgraph=True)(gpu.ulsam, x, own, training), expected
     )
     assert len(graphs) == 1
-    assert all(torch.equal(own[n], params[n]) for n in RUNNING)
+    for n in RUNNING:
+        torch.testing.assert_close(own[n], params[n])
     torch._dynamo.reset()
     found = torch.compile(call, backend="aot_eager", fullgraph=True)(gpu.ulsam, x, own, training)
     (gradient,) = torch.autograd.grad(found.square().sum(), x)
@@ -358,9 +361,14 @@ if not HERE:
     for name in [n for n in globals() if n.startswith("test_")]:
         del globals()[name]
 
-    def test_kernels_in_the_interpreter():
+    def test_kernels_in_the_interpreter(tmp_path):
+        installed = Version(triton.__version__), Version(numpy.__version__)
+        if installed[0] < Version("3.7") and installed[1] >= Version("2.4"):
+            # triton-lang/triton#9171: it fails at the first loop
+            pytest.skip("the interpreter of Triton {} needs NumPy < 2.4 and found {}".format(*installed))
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", __file__]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        # away from the checkout, which `-m` would put before the installed package
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             pytest.fail(done.stdout + done.stderr, pytrace=False)

@@ -381,7 +381,7 @@ def ulsam(
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
             tensors.append([norm.weight, norm.bias, None, None])
         else:
-            tensors.append([*norm[:4]])
+            tensors.append([norm.weight, norm.bias, norm.running_mean, norm.running_var])
     out, _, statistics_dw, statistics_pw = _forward(
         x, weight_dw, bias_dw, *tensors[0], weight_pw, bias_pw, *tensors[1], map_scale,
         norm_dw is not None and norm_dw.training, norm_pw is not None and norm_pw.training,
