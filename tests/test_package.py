@@ -103,6 +103,88 @@ def test_options_come_from_beside_a_file_that_holds_none(run, capsys, tmp_path):
     assert torch.equal(state["classifier.bias"], load_file(run / "plain.safetensors")["classifier.bias"])
 
 
+def save_run(folder: Path, trained, **options) -> Path:
+    """A checkpoint of train.py with these options."""
+    saved = dict(epoch=0, state_dict=trained.state_dict(), args=argparse.Namespace(num_classes=3, **options))
+    torch.save(saved, folder / "last.pth.tar")
+    return folder / "last.pth.tar"
+
+
+def loaded(folder: Path):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize(
+    ("start", "mean", "crop"),
+    [
+        ("mobilenetv2_ulsam.ra_in1k_init", 0.485, 0.875),
+        ("mobilenetv1_ulsam.ra4_e3600_r224_in1k_init", 0.5, 0.875),
+        ("mobilenetv2_ulsam_l", 0.485, 0.875),
+    ],
+)
+def test_images_are_prepared_as_the_tag_does_that_the_run_started_from(start, mean, crop, run, capsys, tmp_path):
+    model = timm.create_model(start, num_classes=3)
+    checkpoint = save_run(tmp_path, model, model=start)
+    arch = start.partition(".")[0]
+    code, _, err = package(capsys, run, "--output", tmp_path / "new", checkpoint=checkpoint, arch=arch)
+    assert code == 0, err
+    cfg = loaded(tmp_path / "new").pretrained_cfg
+    assert (tuple(cfg["input_size"]), cfg["mean"][0], cfg["crop_pct"]) == ((3, 224, 224), mean, crop)
+    assert cfg["tag"] == "test"
+    assert not {"description", "origin_url"} & {key for key, value in cfg.items() if value}  # of an initialization
+
+
+def test_gray_images_and_the_eps_of_batch_norms_are_kept(run, capsys, tmp_path):
+    model = timm.create_model(ARCH, num_classes=3, in_chans=1, bn_eps=0.01).eval()
+    checkpoint = save_run(tmp_path, model, model=ARCH, img_size=32, in_chans=1, bn_eps=0.01)
+    code, _, err = package(capsys, run, "--output", tmp_path / "new", checkpoint=checkpoint)
+    assert code == 0, err
+    again, x = loaded(tmp_path / "new"), torch.randn(2, 1, 32, 32)
+    assert torch.equal(again(x), model(x))
+    cfg = again.pretrained_cfg
+    assert tuple(cfg["input_size"]) == (1, 32, 32)
+    assert cfg["mean"] == pytest.approx([(0.485 + 0.456 + 0.406) / 3])  # of timm's loader
+    assert cfg["std"] == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
+
+
+def test_a_run_that_goes_on_from_a_packaged_one_is_packaged(run, capsys, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert package(capsys, run, "--output", first)[0] == 0
+    model = loaded(first)
+    checkpoint = save_run(tmp_path, model, model=f"local-dir:{first}")
+    code, _, err = package(capsys, run, "--output", second, checkpoint=checkpoint)
+    assert code == 0, err
+    again, x = loaded(second), torch.randn(2, 3, 48, 48)
+    assert torch.equal(again(x), model(x))  # of 2 subspaces, as the first one's config.json has it
+    assert again.pretrained_cfg["crop_pct"] == 0.9
+    code, _, err = package(capsys, run, "--output", second, checkpoint=checkpoint, arch="mobilenetv2_ulsam")
+    assert code == 2
+    assert f"local-dir:{first}, a {ARCH}, not of mobilenetv2_ulsam" in err
+
+
+def test_a_card_of_ones_own_is_kept(run, capsys, tmp_path):
+    folder = tmp_path / "new"
+    assert package(capsys, run, "--output", folder)[0] == 0
+    (folder / "README.md").write_text("mine")
+    assert package(capsys, run, "--output", folder)[0] == 0
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_classes_of_other_readers_keep_the_order_of_their_names(run, capsys, tmp_path):
+    options = dict(model=ARCH, img_size=48, model_kwargs=dict(num_splits=2))
+    checkpoint = save_run(tmp_path, timm.create_model(ARCH, num_classes=3, num_splits=2), **options, dataset="hfds/a/b")
+    (tmp_path / "words.txt").write_text("\ufeff" + LABELS, encoding="utf-8")  # an editor's mark is no part of a name
+    argv = ["--output", tmp_path / "new", "--labels", tmp_path / "words.txt"]
+    assert package(capsys, run, *argv, checkpoint=checkpoint, labels=False)[0] == 0
+    assert loaded(tmp_path / "new").pretrained_cfg["label_names"] == ["b10", "b9", "A"]
+    argv[2:] = ["--data-dir", tmp_path]
+    code, _, err = package(capsys, run, *argv, checkpoint=checkpoint, labels=False)
+    assert code == 2
+    assert "the run counted the classes of hfds/a/b, not folders" in err
+    assert package(capsys, run, *argv[:2], "--labels", tmp_path / "words.txt", labels=False)[0] == 0
+    assert loaded(tmp_path / "new").pretrained_cfg["label_names"] == ["A", "b9", "b10"]
+
+
 class Attack:
     def __init__(self, file):
         self.file = file

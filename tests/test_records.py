@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 from conftest import REPO
 
@@ -15,6 +16,7 @@ from timm_ulsam.cli import main
 from timm_ulsam.errors import InputError
 from timm_ulsam.pretrained import recorded_digests
 from timm_ulsam.records import facts_file, log_file, read_log, read_yaml, recipe_file, runs, runs_table, start_of
+from timm_ulsam.systems import cost
 
 SCRIPTS = os.environ.get("TIMM_SCRIPTS")
 NAMES = sorted(file.stem for file in (REPO / "weights/facts").glob("*.yaml"))
@@ -120,3 +122,15 @@ def test_recipes_hold_nothing_but_options_of_train_py(name, monkeypatch):
     spec.loader.exec_module(train)
     accepted = {action.dest for action in train.parser._actions}
     assert {*yaml.safe_load(recipe_file(name).read_text())} <= accepted
+
+
+def test_a_run_on_gray_images_has_their_cost(checkout, monkeypatch):
+    weights, name = checkout / "weights", "mobilenetv2_ulsam_050.gray"
+    facts = dict(dataset="tiny-imagenet", split="validation", top1=1.0, top5=5.0)
+    recipe = dict(epochs=1, num_classes=200, img_size=64, in_chans=1)
+    (weights / "facts" / f"{name}.yaml").write_text(yaml.safe_dump(facts))
+    (weights / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(weights))
+    (run,) = (run for run in runs("tiny-imagenet") if run.name == name)
+    gray = cost(timm.create_model("mobilenetv2_ulsam_050", num_classes=200, in_chans=1, device="meta"), 64, in_chans=1)
+    assert run.cost == gray

@@ -88,11 +88,11 @@ def _head(name: str, org: str, facts: dict[str, Any], config: dict[str, Any]) ->
 def _text(name: str, org: str, facts: dict[str, Any], recipe: dict[str, Any], config: dict[str, Any]) -> str:
     arch = config["architecture"]
     data, cfg = dataset_of(facts["dataset"]), config["pretrained_cfg"]
-    folder_of_data, split, size = facts["dataset"], facts["split"], cfg["input_size"][-1]
+    folder_of_data, split, (channels, _, size) = facts["dataset"], facts["split"], cfg["input_size"]
     system = system_of(arch)
     papers = ", ".join(f"[arXiv {paper}](https://arxiv.org/abs/{paper})" for paper in system.papers)
     model_args = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
-    model_cost = cost(timm.create_model(arch, device="meta", **model_args), size)
+    model_cost = cost(timm.create_model(arch, device="meta", **model_args), size, channels)
     file = weights_dir() / name / WEIGHTS_FILE
     started_from = start_of(name, facts, recipe)
     start = f"fine-tuned from `{started_from}`" if started_from else "trained from scratch"

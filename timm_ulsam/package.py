@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 import tempfile
 import textwrap
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import timm
 import torch
 import yaml
 from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import clean_state_dict, save_for_hf
 from timm.utils import natural_key
@@ -28,6 +30,8 @@ from .pretrained import WEIGHTS_FILE, file_digest, record_digest, weights_dir
 from .publish import FILES
 from .records import dataset_of, facts_file, log_file, read_log, read_yaml, recipe_file
 from .zoo import model_names
+
+_OTHER_READERS = ("hfds", "hfids", "tfds", "torch", "wds")  # of timm, by the prefix of --dataset
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,13 @@ def package(
         checkpoint: Of train.py, or weights in safetensors.
         arch: Name of a model of the zoo.
         tag: Name of the weights.
-        labels: File that names the classes: in every line the folder, a tab, the name. Either this or `data_dir`.
+        labels: File that names the classes: in every line the folder, a tab, the name. Either this or `data_dir`. The
+            order of its lines counts where the run read no folders of images but another `--dataset` (`hfds/...`).
         data_dir: Data whose folders are the classes; those of `train/`, if there is one.
         dataset: Entry of `weights/datasets.yaml` that accuracy was measured on; by default that of the recorded facts.
         config: Options of train.py; by default those in the checkpoint, then args.yaml beside it.
-        output: Folder to write, in the place of the one in the checkout; nothing else is recorded then.
+        output: Folder to write, in the place of the one in the checkout; nothing else is recorded then. A README.md
+            that it holds is kept.
 
     Raises:
         InputError: If an argument does not fit, or the checkpoint is not of this architecture or has other classes.
@@ -113,9 +119,16 @@ def package(
     _check_free(folder)
 
     path = Path(checkpoint)
-    names = _labels(Path(labels)) if labels is not None else _class_folders(Path(data_dir))
     read = read_checkpoint(path)
     options = _options(path, read, config)
+    counted_by = str(options.get("dataset") or "").partition("/")
+    by_folders = counted_by[0].lower() not in _OTHER_READERS or not counted_by[1]
+    if labels is not None:
+        names = _labels(Path(labels), by_folders)
+    elif by_folders:
+        names = _class_folders(Path(data_dir))
+    else:
+        raise InputError(f"the run counted the classes of {options['dataset']}, not folders: name them with --labels")
     model, data = _fitted(read, options, arch, tag, names)
 
     facts = _facts(name, dataset, path, read, options) if in_zoo else {}
@@ -126,6 +139,8 @@ def package(
         _save(model, data, tag, names, new)
         digest = file_digest(new / WEIGHTS_FILE)
         if folder.exists():
+            if not in_zoo and (folder / "README.md").is_file():
+                shutil.copy2(folder / "README.md", new)
             folder.rename(Path(temporary) / "old")
         new.rename(folder)
     left_to_do = ()
@@ -162,9 +177,10 @@ def _check_free(folder: Path) -> None:
         raise InputError(f"{folder} holds something else than {', '.join(FILES)}; it is not replaced")
 
 
-def _labels(file: Path) -> dict[str, str]:
+def _labels(file: Path, by_folders: bool) -> dict[str, str]:
     try:
-        rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # some editors put a mark before the first line
+        rows = [line.split("\t") for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         names = dict(rows)
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
@@ -172,6 +188,8 @@ def _labels(file: Path) -> dict[str, str]:
         raise InputError(f"{file}: every line must be the folder of a class, a tab and its name") from error
     if len(names) != len(rows):
         raise InputError(f"{file} names a class twice")
+    if not by_folders:
+        return names
     # as timm's reader of image folders counts them
     return dict(sorted(names.items(), key=lambda item: natural_key(item[0])))
 
@@ -203,19 +221,23 @@ def _fitted(
     read: Checkpoint, options: dict[str, Any], arch: str, tag: str, names: dict[str, str]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model with the weights of the checkpoint, and how its images are prepared."""
-    trained = options.get("model")
-    if trained and trained.partition(".")[0] != arch:
+    trained = options.get("model") or arch
+    if ":" not in trained and trained.partition(".")[0] != arch:
         raise InputError(f"the checkpoint is of {trained}, not of {arch}")
-    given = {"in_chans": options.get("in_chans"), "global_pool": options.get("gp")}
     try:
+        # by the run's own name, whose tag, or whose config.json, says how images are prepared; None is left out
         model = timm.create_model(
-            arch,
+            trained,
             num_classes=len(names),
-            **{key: value for key, value in given.items() if value is not None},
+            in_chans=options.get("in_chans"),
+            global_pool=options.get("gp"),
+            bn_eps=options.get("bn_eps"),
             **(options.get("model_kwargs") or {}),
         )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{arch} cannot be built with the options of the run: {error}") from error
+    except Exception as error:  # a name with a colon may point to anything
+        raise InputError(f"{trained} cannot be built with the options of the run: {error}") from error
+    if model.pretrained_cfg["architecture"] != arch:
+        raise InputError(f"the checkpoint is of {trained}, a {model.pretrained_cfg['architecture']}, not of {arch}")
     classifier = model.pretrained_cfg.get("classifier")
     if isinstance(classifier, str) and f"{classifier}.weight" in read.state:
         trained_classes = len(read.state[f"{classifier}.weight"])
@@ -228,13 +250,15 @@ def _fitted(
     model.load_state_dict(read.state)
 
     data = resolve_data_config(options, model=model)
-    height, width = data["input_size"][1:]
+    channels, height, width = data["input_size"]
+    for key in ("mean", "std"):
+        data[key] = adapt_to_chs(data[key], channels)  # as timm's loader does
     if tuple(data["input_size"]) != tuple(model.pretrained_cfg["input_size"]) and hasattr(model, "feature_info"):
         stride = model.feature_info[-1]["reduction"]
         model.pretrained_cfg["pool_size"] = (-(-height // stride), -(-width // stride))
     model.pretrained_cfg.update(tag=tag, input_size=data["input_size"])
-    for key in ("label_names", "label_descriptions"):
-        model.pretrained_cfg.pop(key, None)  # those of the tag that is the default now
+    for key in ("label_names", "label_descriptions", "description", "origin_url"):
+        model.pretrained_cfg.pop(key, None)  # of the tag that the run started from, or the default one
     return model, data
 
 

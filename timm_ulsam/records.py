@@ -141,13 +141,14 @@ def _run(name: str, facts: dict[str, Any]) -> Run:
     recipe = read_yaml(recipe_file(name))
     arch = name.partition(".")[0]
     try:
-        model_args = {"num_classes": recipe["num_classes"], **(recipe.get("model_kwargs") or {})}
+        channels = recipe.get("in_chans") or 3
+        model_args = {"num_classes": recipe["num_classes"], "in_chans": channels, **(recipe.get("model_kwargs") or {})}
         return Run(
             name=name,
             dataset=facts["dataset"],
             started_from=start_of(name, facts, recipe),
             epochs=recipe["epochs"],
-            cost=cost(timm.create_model(arch, device="meta", **model_args), recipe["img_size"]),
+            cost=cost(timm.create_model(arch, device="meta", **model_args), recipe["img_size"], channels),
             top1=facts["top1"],
             top5=facts["top5"],
             seeds=(facts["top1"], *(facts.get("other_seeds") or {}).values()),

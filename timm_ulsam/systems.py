@@ -235,10 +235,10 @@ def image_size(model: str) -> int:
     return cfg.input_size[-1] if cfg.fixed_input_size else 224
 
 
-def cost(model: nn.Module, image_size: int) -> Cost:
+def cost(model: nn.Module, image_size: int, in_chans: int = 3) -> Cost:
     """Measure a network, which must be on the meta device: nothing is computed. It is put into evaluation mode."""
     with FlopCounterMode(display=False) as flops:
-        model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+        model.eval()(torch.empty(1, in_chans, image_size, image_size, device="meta"))
     return Cost(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         macs=flops.get_total_flops() // 2,
