@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from timm_ulsam.cli import main
@@ -130,8 +132,6 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 
 
 def test_attention_without_a_ulsam_block_is_refused(photograph, tmp_path):
-    import timm
-
     from timm_ulsam.predict import InputError, attention_maps, draw_attention, predict, read_image
 
     model = timm.create_model("mobilenetv2_050", num_classes=1000).eval()
@@ -162,8 +162,6 @@ def test_more_photographs_than_one_batch(capsys, photograph):
 
 
 def test_class_names_are_not_those_of_other_weights():
-    import timm
-
     from timm_ulsam.predict import class_names
 
     assert class_names(timm.create_model("mobilenetv2_ulsam", num_classes=3))[2] == ("2", "class 2")
@@ -185,3 +183,60 @@ def test_is_quiet_when_its_reader_is_gone(python):
         "p.stdout.close(); sys.stderr.buffer.write(p.stderr.read()); sys.exit(p.wait())"
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_photographs_have_the_channels_that_the_model_takes(channels, mode, photograph):
+    from timm_ulsam.predict import attention_maps, predict
+
+    model = timm.create_model("mobilenetv2_ulsam_050", num_classes=3, in_chans=channels).eval()
+    statistics = dict(mean=(0.5,) * channels, std=(0.5,) * channels)
+    model.pretrained_cfg.update(input_size=(channels, 64, 64), crop_pct=1.0, **statistics)
+    with Image.open(photograph) as opened:
+        image = opened.resize((64, 64))
+    pixels = torch.tensor(list(image.convert(mode).tobytes())).view(64, 64, channels) / 255
+    with torch.no_grad():
+        expected = model(((pixels - 0.5) / 0.5).permute(2, 0, 1)[None]).softmax(-1)
+    (best,) = predict(model, [image])
+    assert [p.probability for p in best] == pytest.approx(sorted(expected[0].tolist(), reverse=True), abs=1e-5)
+    assert len(attention_maps(model, [image])) == 2
+
+
+def test_attention_of_gray_images_is_drawn(photograph, tmp_path):
+    pytest.importorskip("matplotlib")
+    from timm_ulsam.predict import draw_attention, predict, read_image
+
+    model = timm.create_model("mobilenetv2_ulsam_050", num_classes=3, in_chans=1).eval()
+    model.pretrained_cfg.update(input_size=(1, 64, 64), mean=(0.5,), std=(0.5,))
+    images = [read_image(photograph)]
+    draw_attention(model, images, predict(model, images), tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width > picture.height
+
+
+def test_a_model_of_other_channels_is_refused(photograph):
+    from timm_ulsam.predict import InputError, predict, read_image
+
+    model = timm.create_model("mobilenetv2_ulsam_050", num_classes=3, in_chans=4).eval()
+    model.pretrained_cfg.update(input_size=(4, 64, 64))
+    with pytest.raises(InputError, match="this model takes 4"):
+        predict(model, [read_image(photograph)])
+
+
+def test_predictions_are_printed_even_if_the_picture_cannot_be(capsys, photograph, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import matplotlib.figure
+
+    def too_large(*args, **kwargs):
+        raise ValueError("encoding error 5: Image size exceeds WebP limit of 16383 pixels")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", too_large)
+    code, out, err = run(capsys, "predict", str(photograph), "--attention", str(tmp_path / "out.webp"))
+    assert code == 2
+    assert out.count("%") == 5
+    assert f"cannot write {tmp_path / 'out.webp'}: encoding error 5: Image size exceeds" in err
+
+
+def test_names_that_a_terminal_lacks_are_printed_all_the_same(python):
+    code = "import sys, timm_ulsam.cli as c; c._list = lambda args: print('\u82f9\u679c'); sys.exit(c.main(['list']))"
+    assert python(code, PYTHONIOENCODING="cp1252").stdout == "\\u82f9\\u679c\n"

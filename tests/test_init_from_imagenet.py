@@ -323,15 +323,17 @@ def test_offline_and_not_cached_says_what_would_be_downloaded(name, tmp_path, mo
     message = str(refused.value)
     for part in (f"timm/{SOURCES[name]}", "model.safetensors", "HF_HUB_OFFLINE", "--pretrained-path"):
         assert part in message
+    assert "TIMM_ULSAM_WEIGHTS" not in message
 
 
 def test_the_zoos_own_weights_say_so_too(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     overlay = dict(file=None)
-    with pytest.raises(
-        WeightsError, match=r"model\.safetensors of the Hub repository timm-ulsam/mobilenetv2_ulsam\.tin"
-    ):
+    with pytest.raises(WeightsError) as refused:
         timm.create_model("mobilenetv2_ulsam", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
+    message = str(refused.value)
+    assert "model.safetensors of the Hub repository timm-ulsam/mobilenetv2_ulsam.tin" in message
+    assert message.endswith("A clone of timm-ulsam has them: set TIMM_ULSAM_WEIGHTS to its weights/.")
 
 
 def test_without_pretrained_nothing_is_downloaded(monkeypatch):

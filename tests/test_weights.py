@@ -284,3 +284,10 @@ def test_a_model_without_weights_says_so():
 def test_a_cfg_of_a_url_passes_unchanged():
     cfg = dataclasses.replace(timm.get_pretrained_cfg("mobilenetv2_100"), hf_hub_id=None, url="https://nowhere/w.pth")
     assert checked_cfg(cfg) is cfg
+
+
+def test_a_relative_folder_of_weights_does_not_depend_on_where_the_process_goes(python, tmp_path):
+    (tmp_path / "weights").symlink_to(REPO / "weights", target_is_directory=True)
+    code = "import os; os.environ['TIMM_ULSAM_WEIGHTS'] = 'weights'; import timm; os.chdir('/')\n"
+    code += "print(timm.create_model('mobilenetv2_ulsam.tin200', pretrained=True).num_classes)"
+    assert python(code).stdout.strip() == "200"

@@ -1,6 +1,7 @@
 """The command `timm-ulsam`."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -148,22 +149,22 @@ def _predict(args: argparse.Namespace) -> None:
     if args.attention:
         images = list(images)
     predictions = predict(model, images)
-    if args.attention:
-        draw_attention(model, images, predictions, args.attention)
     if args.json:
         seen = [
             {"image": name, "predictions": [asdict(p) for p in best]}
             for name, best in zip(names, predictions, strict=True)
         ]
         result = {"model": args.model, "images": seen, "attention": args.attention}
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-        return
-    for name, best in zip(names, predictions, strict=True):
-        print(name)
-        for p in best:
-            print(f"  {p.probability:6.1%}  {p.description}")
+        print(json.dumps(result, indent=2))
+    else:
+        for name, best in zip(names, predictions, strict=True):
+            print(name)
+            for p in best:
+                print(f"  {p.probability:6.1%}  {p.description}")
     if args.attention:
-        print(f"attention maps drawn in {args.attention}")
+        draw_attention(model, images, predictions, args.attention)
+        if not args.json:
+            print(f"attention maps drawn in {args.attention}")
 
 
 def _curve(args: argparse.Namespace) -> None:
@@ -221,6 +222,8 @@ def _publish(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 after one line on what was wrong with the input."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal lacks
     args = _parser().parse_args(argv)
     from .errors import InputError, WeightsError
 

@@ -34,7 +34,7 @@ def write_figure(figure: Any, out: Path) -> None:
     try:
         figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=100)
         temporary.replace(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: larger than the format can be
+        raise InputError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from .zoo import model_names
 
 _DISPLAY_PIXELS = 256
 _BATCH_SIZE = 32
+_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_image(path: str | Path) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image that Pillow can read") from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:  # ValueError: of some damaged files
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -122,6 +123,9 @@ def predict(model: nn.Module, images: Iterable[Image.Image], top: int = 5) -> li
 
     Returns:
         The predictions of every photograph.
+
+    Raises:
+        InputError: If the model takes images of neither three channels nor one (gray).
     """
     names = class_names(model)
     predictions = []
@@ -135,7 +139,11 @@ def predict(model: nn.Module, images: Iterable[Image.Image], top: int = 5) -> li
 
 @torch.inference_mode()
 def attention_maps(model: nn.Module, images: Iterable[Image.Image]) -> dict[str, torch.Tensor]:
-    """The attention maps (N, g, h, w) of every ULSAM layer for N photographs, by module name; empty if it has none."""
+    """The attention maps (N, g, h, w) of every ULSAM layer for N photographs, by module name; empty if it has none.
+
+    Raises:
+        InputError: As `predict`.
+    """
     maps: dict[str, torch.Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda layer, args, name=name: maps.update({name: layer.attention(args[0])}))
@@ -151,8 +159,12 @@ def attention_maps(model: nn.Module, images: Iterable[Image.Image]) -> dict[str,
 
 
 def _model_inputs(model: nn.Module, images: Iterable[Image.Image]) -> torch.Tensor:
-    transform = create_transform(**resolve_model_data_config(model))
-    return torch.stack([transform(image) for image in images])
+    cfg = resolve_model_data_config(model)
+    channels = cfg["input_size"][0]
+    if channels not in _MODES:
+        raise InputError(f"photographs have three channels, or one in gray; this model takes {channels}")
+    transform = create_transform(**cfg)
+    return torch.stack([transform(image.convert(_MODES[channels])) for image in images])
 
 
 def draw_attention(
@@ -198,9 +210,9 @@ def draw_attention(
 
 
 def _display_transform(model: nn.Module) -> Any:
-    """The crop that the model sees, at a size fit for people."""
+    """The crop that the model sees, in color and at a size fit for people."""
     cfg = resolve_model_data_config(model)
-    channels, height, width = cfg["input_size"]
+    _, height, width = cfg["input_size"]
     scale = max(1.0, _DISPLAY_PIXELS / max(height, width))
-    cfg["input_size"] = (channels, round(height * scale), round(width * scale))
+    cfg["input_size"] = (3, round(height * scale), round(width * scale))
     return create_transform(**{**cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3})

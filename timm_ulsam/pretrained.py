@@ -36,10 +36,15 @@ def weights_dir() -> Path:
     """The folder that holds `<arch>.<tag>/`: `TIMM_ULSAM_WEIGHTS`, else inside the installed package or beside it."""
     named = os.environ.get("TIMM_ULSAM_WEIGHTS")
     if named:
-        return Path(named)
+        return _absolute(named)
     package = Path(__file__).resolve().parent
     inside = package / "weights"
     return inside if (inside / _SUMS_FILE).is_file() else package.parent / "weights"
+
+
+@cache  # what is meant does not change with the working directory
+def _absolute(named: str) -> Path:
+    return Path(named).expanduser().absolute()
 
 
 @cache
@@ -174,11 +179,14 @@ def downloads_explained(cfg: "PretrainedCfg") -> Iterator[None]:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         repository, file = cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE
+        in_a_clone = f"{HUB_ORG}/{cfg.architecture}.{cfg.tag}" == repository and not cfg.file
+        clone = " A clone of timm-ulsam has them: set TIMM_ULSAM_WEIGHTS to its weights/." if in_a_clone else ""
         raise WeightsError(
             f"the weights of {cfg.architecture}.{cfg.tag} are {file} of the Hub repository {repository}, which is "
             f"neither in the local cache nor could be downloaded ({type(error).__name__}). Build the model once with "
             f"access to {ENDPOINT} and without HF_HUB_OFFLINE, which caches it; or run `hf download {repository} "
             f"{file}` elsewhere and name the copy: pretrained_cfg_overlay=dict(file=PATH), or --pretrained-path PATH."
+            f"{clone}"
         ) from error
 
 
