@@ -157,6 +157,18 @@ def test_onnx_computes_the_same(use_dynamo, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), y)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_onnx_takes_any_batch_and_size(tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    layer, x, file = make_layer().eval(), torch.randn(5, 16, 9, 4), str(tmp_path / "layer.onnx")
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    torch.onnx.export(layer, (x[:2, :, :6, :3],), file, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    (found,) = runtime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), layer(x))
+
+
 @pytest.mark.parametrize(
     ("channels", "groups", "message"),
     [

@@ -20,10 +20,11 @@ def _with_group_norm(
     cbias: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor,
+    channels: int,
     groups: int,
     eps: float,
 ) -> torch.Tensor:
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     a, b = x.reshape(n, groups, 2, channels // (2 * groups), height, width).unbind(2)
     channel_gate = torch.sigmoid(cweight * a.mean((3, 4), keepdim=True) + cbias)
     b = b.reshape(n, channels // 2, height, width)
@@ -71,10 +72,14 @@ def shuffle_attention(
     sbias: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    channels: int,
     groups: int,
     eps: float,
 ) -> torch.Tensor:
-    """What `ShuffleAttention` computes of its input and its parameters."""
+    """What `ShuffleAttention` computes of its input and its parameters.
+
+    `channels`, those of `x`, stays a number where the sizes of `x` are traced, as for ONNX with dynamic axes.
+    """
     # the group norm and the affine map behind it are one affine map
     scale = sweight.flatten() * weight
     shift = sweight.flatten() * bias + sbias.flatten()
@@ -83,7 +88,7 @@ def shuffle_attention(
         # about twice as fast; with a gradient, slower
         y = _without_gradient(x, cweight, cbias, scale, shift, groups, eps)
     else:
-        y = _with_group_norm(x, cweight, cbias, scale, shift, groups, eps)
+        y = _with_group_norm(x, cweight, cbias, scale, shift, channels, groups, eps)
     y = _shuffled(y.to(x.dtype))
     return y.contiguous(memory_format=torch.channels_last) if is_channels_last else y
 
@@ -151,4 +156,4 @@ class ShuffleAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.channels)
         gates = self.cweight, self.cbias, self.sweight, self.sbias
-        return shuffle_attention(x, *gates, self.gn.weight, self.gn.bias, self.groups, self.gn.eps)
+        return shuffle_attention(x, *gates, self.gn.weight, self.gn.bias, self.channels, self.groups, self.gn.eps)
