@@ -1,5 +1,6 @@
 """Networks of Diverse Branch Blocks: published costs, logits and checkpoints, in both forms."""
 
+import copy
 import hashlib
 import re
 from functools import cache
@@ -233,3 +234,15 @@ def test_every_parameter_trains_under_autocast_and_the_loss_falls():
     model.eval()
     with torch.no_grad():
         assert_close(reparameterize_model(model)(x), model(x), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_dbb", "resnet18_dbb"])
+def test_checkpointing_of_activations_changes_no_gradient(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, dtype=torch.float64)
+    twin, x = copy.deepcopy(model), torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    twin.set_grad_checkpointing()
+    for one in (model, twin):
+        one(x).square().sum().backward()
+    for (key, parameter), again in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(again.grad, parameter.grad), key

@@ -150,3 +150,8 @@ def test_timms_initialization_leaves_masked_weights_zero_and_they_stay_so(name):
 def test_a_dilated_backbone_is_refused():
     with pytest.raises(ValueError, match=r"dilation=\(2, 2\); accepted: \(1, 1\)"):
         timm.create_model("resnet50_psconv", output_stride=8, device="meta")
+
+
+def test_the_number_of_blocks_can_be_given():
+    model = timm.create_model("resnet50_psconv", layers=(1, 2, 1, 1), device="meta")
+    assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)] == [1, 2, 1, 1]

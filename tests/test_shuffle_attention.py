@@ -302,3 +302,8 @@ def test_the_model_trains():
     model = timm.create_model("resnet50_sa", num_classes=3, drop_path_rate=0.1, zero_init_last=False)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_number_of_blocks_can_be_given():
+    model = timm.create_model("resnet50_sa", layers=(1, 2, 1, 1), device="meta")
+    assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)] == [1, 2, 1, 1]

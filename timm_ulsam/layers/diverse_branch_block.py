@@ -23,7 +23,8 @@ def _border(
     weight: torch.Tensor, bias: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """What a batch norm in evaluation makes of zero, without gradient."""
-    return (bias - running_mean * weight * torch.rsqrt(running_var + eps)).detach()
+    with torch.no_grad():  # it keeps nothing for a backward pass, at whichever place it is computed
+        return (bias - running_mean * weight * torch.rsqrt(running_var + eps)).detach()
 
 
 def with_identity(offset: torch.Tensor) -> torch.Tensor:
@@ -85,9 +86,18 @@ class BNAndPad(nn.Module):
         self.bn = bn
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y = self.bn(x)
         bn = self.bn
-        border = _border(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps).to(y.dtype)
+        is_again = False
+        if not torch.jit.is_scripting():
+            # inside a backward pass: of a checkpointed block, whose statistics are already those of this step
+            is_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if is_again:
+            border = _border(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+            y = bn(x)
+        else:
+            y = bn(x)
+            border = _border(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        border = border.to(y.dtype)
         return y - border[:, None, None], border
 
 

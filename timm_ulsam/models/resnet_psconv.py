@@ -80,32 +80,34 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_resnet_psconv(variant: str, pretrained: bool, layers: tuple[int, ...], **kwargs: Any) -> ResNetPSConv:
-    kwargs = dict(dict(block=PSBottleneck, layers=layers), **kwargs)
+def _create_resnet_psconv(variant: str, pretrained: bool, **kwargs: Any) -> ResNetPSConv:
+    kwargs = dict(dict(block=PSBottleneck), **kwargs)
     return build_model(ResNetPSConv, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def resnet50_psconv(pretrained: bool = False, **kwargs: Any) -> ResNetPSConv:
     """ResNet-50 with poly-scale convolutions (PS-ResNet-50): dilations 1, 2, 1, 4 over four parts."""
-    return _create_resnet_psconv("resnet50_psconv", pretrained, (3, 4, 6, 3), **kwargs)
+    model_args = dict(layers=(3, 4, 6, 3))
+    return _create_resnet_psconv("resnet50_psconv", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet101_psconv(pretrained: bool = False, **kwargs: Any) -> ResNetPSConv:
     """ResNet-101 with poly-scale convolutions (PS-ResNet-101): dilations 1, 2, 1, 4 over four parts."""
-    return _create_resnet_psconv("resnet101_psconv", pretrained, (3, 4, 23, 3), **kwargs)
+    model_args = dict(layers=(3, 4, 23, 3))
+    return _create_resnet_psconv("resnet101_psconv", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnext50_32x4d_psconv(pretrained: bool = False, **kwargs: Any) -> ResNetPSConv:
     """ResNeXt-50 32x4d with poly-scale convolutions (PS-ResNeXt-50): four parts in each group."""
-    model_args = dict(cardinality=32, base_width=4)
-    return _create_resnet_psconv("resnext50_32x4d_psconv", pretrained, (3, 4, 6, 3), **dict(model_args, **kwargs))
+    model_args = dict(layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_resnet_psconv("resnext50_32x4d_psconv", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnext101_32x4d_psconv(pretrained: bool = False, **kwargs: Any) -> ResNetPSConv:
     """ResNeXt-101 32x4d with poly-scale convolutions (PS-ResNeXt-101): four parts in each group."""
-    model_args = dict(cardinality=32, base_width=4)
-    return _create_resnet_psconv("resnext101_32x4d_psconv", pretrained, (3, 4, 23, 3), **dict(model_args, **kwargs))
+    model_args = dict(layers=(3, 4, 23, 3), cardinality=32, base_width=4)
+    return _create_resnet_psconv("resnext101_32x4d_psconv", pretrained, **dict(model_args, **kwargs))

@@ -47,8 +47,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_resnet_sa(variant: str, pretrained: bool, layers: tuple[int, ...], **kwargs: Any) -> ResNet:
-    model_args = dict(block=Bottleneck, layers=layers, block_args=dict(attn_layer=ShuffleAttention))
+def _create_resnet_sa(variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
+    model_args = dict(block=Bottleneck, block_args=dict(attn_layer=ShuffleAttention))
     kwargs = dict(model_args, **kwargs)
     return build_model(ResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
@@ -56,16 +56,19 @@ def _create_resnet_sa(variant: str, pretrained: bool, layers: tuple[int, ...], *
 @register_model
 def resnet50_sa(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-50 with Shuffle Attention (SA-Net50): 64 groups, before every residual addition."""
-    return _create_resnet_sa("resnet50_sa", pretrained, (3, 4, 6, 3), **kwargs)
+    model_args = dict(layers=(3, 4, 6, 3))
+    return _create_resnet_sa("resnet50_sa", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet101_sa(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-101 with Shuffle Attention (SA-Net101): 64 groups, before every residual addition."""
-    return _create_resnet_sa("resnet101_sa", pretrained, (3, 4, 23, 3), **kwargs)
+    model_args = dict(layers=(3, 4, 23, 3))
+    return _create_resnet_sa("resnet101_sa", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet152_sa(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-152 with Shuffle Attention: 64 groups, before every residual addition."""
-    return _create_resnet_sa("resnet152_sa", pretrained, (3, 8, 36, 3), **kwargs)
+    model_args = dict(layers=(3, 8, 36, 3))
+    return _create_resnet_sa("resnet152_sa", pretrained, **dict(model_args, **kwargs))
