@@ -4,8 +4,9 @@ import warnings
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from timm_ulsam.layers import DOConv2d
 
@@ -360,3 +361,28 @@ def test_from_conv_refuses_what_it_would_change():
         DOConv2d.from_conv(Own(8, 8, 3))
     with pytest.raises(ValueError, match=r"d_mul=8 is too small for the kernel \(3, 3\); accepted: from 9"):
         DOConv2d.from_conv(nn.Conv2d(8, 8, 3), d_mul=8)
+
+
+def test_a_folded_layer_is_replicated_and_pruned():
+    layer, x = DOConv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)
+    nn.init.normal_(layer.D)
+    with pytest.raises(AttributeError, match="composed of W and D"):
+        layer.weight = torch.zeros(6, 4, 3, 3)
+    layer.reparameterize()
+    replica = layer._replicate_for_data_parallel()  # as nn.DataParallel does it, which needs several GPUs
+    for own, made in ((layer._parameters, replica._parameters), (layer._buffers, replica._buffers)):
+        for key, tensor in own.items():
+            if tensor is None:
+                made[key] = None
+            else:
+                setattr(replica, key, tensor.detach().clone())
+    assert torch.equal(replica(x), layer(x))
+    kernel = layer.weight.detach().clone()
+    prune.l1_unstructured(layer, "weight", 0.5)
+    y = layer(x)
+    assert (layer.weight == 0).sum() == kernel.numel() // 2
+    torch.testing.assert_close(y, F.conv2d(x, layer.weight, layer.bias, padding=1))
+    y.sum().backward()
+    prune.remove(layer, "weight")
+    torch.testing.assert_close(layer(x), y)
+    assert set(layer.state_dict()) == {"weight", "bias"}

@@ -178,8 +178,22 @@ class DOConv2d(nn.Module):
     def weight(self) -> torch.Tensor:
         """The kernel (out_channels, in_channels / groups, height, width), composed of W and D; folded, a parameter."""
         if self.W is None:
-            return self._parameters["weight"]
+            kernel = self._parameters.get("weight", self.__dict__.get("weight"))
+            if kernel is None:
+                raise AttributeError("this folded layer has no weight")
+            return kernel
         return compose_kernel(self.W, self.D, self.d_diag, self.kernel_size, self.depthwise)
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        # of a folded layer DataParallel and pruning put a tensor in the place of the parameter
+        if self.W is not None:
+            raise AttributeError("the kernel is composed of W and D while the layer is not folded: set those")
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        self.__dict__.pop("weight", None)
 
     def extra_repr(self) -> str:
         return (
