@@ -31,7 +31,7 @@ from .publish import FILES
 from .records import dataset_of, facts_file, log_file, read_log, read_yaml, recipe_file
 from .zoo import model_names
 
-_OTHER_READERS = ("hfds", "hfids", "tfds", "torch", "wds")  # of timm, by the prefix of --dataset
+_OTHER_READERS = ("hfds/", "hfids/", "tfds/", "torch/", "wds/")  # of timm, by the beginning of --dataset
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,10 @@ def package(
     path = Path(checkpoint)
     read = read_checkpoint(path)
     options = _options(path, read, config)
-    counted_by = str(options.get("dataset") or "").partition("/")
-    by_folders = counted_by[0].lower() not in _OTHER_READERS or not counted_by[1]
-    if labels is not None:
-        names = _labels(Path(labels), by_folders)
-    elif by_folders:
-        names = _class_folders(Path(data_dir))
-    else:
+    by_folders = not (options.get("dataset") or "").lower().startswith(_OTHER_READERS)
+    if labels is None and not by_folders:
         raise InputError(f"the run counted the classes of {options['dataset']}, not folders: name them with --labels")
+    names = _class_folders(Path(data_dir)) if labels is None else _labels(Path(labels), by_folders)
     model, data = _fitted(read, options, arch, tag, names)
 
     facts = _facts(name, dataset, path, read, options) if in_zoo else {}
@@ -188,10 +184,8 @@ def _labels(file: Path, by_folders: bool) -> dict[str, str]:
         raise InputError(f"{file}: every line must be the folder of a class, a tab and its name") from error
     if len(names) != len(rows):
         raise InputError(f"{file} names a class twice")
-    if not by_folders:
-        return names
     # as timm's reader of image folders counts them
-    return dict(sorted(names.items(), key=lambda item: natural_key(item[0])))
+    return dict(sorted(names.items(), key=lambda item: natural_key(item[0]))) if by_folders else names
 
 
 def _class_folders(data: Path) -> dict[str, str]:

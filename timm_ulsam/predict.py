@@ -163,8 +163,9 @@ def _model_inputs(model: nn.Module, images: Iterable[Image.Image]) -> torch.Tens
     channels = cfg["input_size"][0]
     if channels not in _MODES:
         raise InputError(f"photographs have three channels, or one in gray; this model takes {channels}")
-    transform = create_transform(**cfg)
-    return torch.stack([transform(image.convert(_MODES[channels])) for image in images])
+    transform, mode = create_transform(**cfg), _MODES[channels]
+    # Pillow copies what it converts, a photograph of this mode too
+    return torch.stack([transform(image if image.mode == mode else image.convert(mode)) for image in images])
 
 
 def draw_attention(

@@ -179,8 +179,8 @@ def downloads_explained(cfg: "PretrainedCfg") -> Iterator[None]:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         repository, file = cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE
-        in_a_clone = f"{HUB_ORG}/{cfg.architecture}.{cfg.tag}" == repository and not cfg.file
-        clone = " A clone of timm-ulsam has them: set TIMM_ULSAM_WEIGHTS to its weights/." if in_a_clone else ""
+        is_own = repository == f"{HUB_ORG}/{cfg.architecture}.{cfg.tag}"
+        clone = " A clone of timm-ulsam has them: set TIMM_ULSAM_WEIGHTS to its weights/." if is_own else ""
         raise WeightsError(
             f"the weights of {cfg.architecture}.{cfg.tag} are {file} of the Hub repository {repository}, which is "
             f"neither in the local cache nor could be downloaded ({type(error).__name__}). Build the model once with "

@@ -23,7 +23,8 @@ def _border(
     weight: torch.Tensor, bias: torch.Tensor, running_mean: torch.Tensor, running_var: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """What a batch norm in evaluation makes of zero, without gradient."""
-    with torch.no_grad():  # it keeps nothing for a backward pass, at whichever place it is computed
+    # `no_grad` keeps nothing for a backward pass, wherever it is computed; in a trace, `detach` alone is left of both
+    with torch.no_grad():
         return (bias - running_mean * weight * torch.rsqrt(running_var + eps)).detach()
 
 
@@ -87,11 +88,11 @@ class BNAndPad(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         bn = self.bn
-        is_again = False
+        is_recomputed = False
         if not torch.jit.is_scripting():
-            # inside a backward pass: of a checkpointed block, whose statistics are already those of this step
-            is_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if is_again:
+            is_recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if is_recomputed:
+            # a checkpointed block within the backward pass: its statistics are already those of this step
             border = _border(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
             y = bn(x)
         else:
