@@ -1,3 +1,4 @@
+import ast
 import copy
 import gc
 import hashlib
@@ -7,6 +8,7 @@ import reference as ref
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import to_2tuple
 from timm.models import group_parameters
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -322,8 +324,20 @@ def test_partitions_follow_the_image_where_none_are_given():
     model = repmlpnet.RepMLPNet((8, 16), (1, 2), (1, 4), img_size=(64, 96), num_classes=10).eval()
     assert model.partition_sizes == ((16, 24), (8, 12))
     assert model(torch.randn(1, 3, 64, 96)).shape == (1, 10)
-    with pytest.raises(ValueError, match=r"img_size=\(100, 100\) .*multiples of 32"):
+    with pytest.raises(ValueError, match=r"img_size=\(100, 100\) .*multiples of 32 .*of 32 for the width$"):
         repmlpnet.RepMLPNet(img_size=100)
+
+
+@pytest.mark.parametrize("img_size", [32, (96, 64)])
+def test_partitions_that_fit_are_named_and_accepted(img_size):
+    with pytest.raises(ValueError, match=r"multiples of 224 .*, or partition_sizes=") as error:
+        timm.create_model("repmlpnet_t224", img_size=img_size)
+    # as it would be typed behind --model-kwargs
+    sizes = ast.literal_eval(str(error.value).partition("partition_sizes=")[2])
+    model = timm.create_model("repmlpnet_t224", img_size=img_size, partition_sizes=sizes, num_classes=10).eval()
+    assert model(torch.randn(1, 3, *to_2tuple(img_size))).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"multiples of 224 .*, or of 32 and of 32 with other partition_sizes$"):
+        timm.create_model("repmlpnet_t224", img_size=100)
 
 
 @pytest.mark.parametrize(

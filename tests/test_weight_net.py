@@ -246,6 +246,8 @@ LAYERS = {
     "dense": dict(args=(128, 8, 3)),
     "depthwise": dict(args=(8, 8, 3), groups=8),
     "more_inputs": dict(args=(8, 8, 3), expansion=4),
+    "more_inputs_pointwise": dict(args=(8, 8, 1), expansion=6),
+    "more_inputs_depthwise": dict(args=(8, 8, 3), groups=8, expansion=4),
 }
 
 
@@ -273,7 +275,7 @@ def test_the_layer_can_be_scripted_traced_compiled_exported_and_copied(name):
             reference.assert_close(module(x), expected, 1e-5, form)
 
 
-@pytest.mark.parametrize("name", ["pointwise", "dense", "depthwise"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_traced_and_exported_layers_take_any_batch(name):
     layer, x = drop_in(name)
     batches = {0: torch.export.Dim("batch", min=2, max=64)}
@@ -313,7 +315,8 @@ def test_device_and_dtype_are_passed_down():
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float16)}
 
 
+@pytest.mark.parametrize("expansion", [2, 4])
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_an_empty_batch_passes(kernel_size):
-    layer = WeightNetConv2d(8, 12, kernel_size).eval()
+def test_an_empty_batch_passes(kernel_size, expansion):
+    layer = WeightNetConv2d(8, 12, kernel_size, expansion=expansion).eval()
     assert layer(torch.randn(0, 8, 9, 7)).shape == (0, 12, 9, 7)

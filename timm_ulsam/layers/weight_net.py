@@ -131,6 +131,45 @@ def conv2d_scaled(
     return (y.unflatten(1, (groups, parts, group)) * scale[..., None, None]).sum(2).flatten(1, 2)
 
 
+@torch.fx.wrap
+def conv2d_generated(
+    x: torch.Tensor,
+    units: torch.Tensor,
+    weight: torch.Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> torch.Tensor:
+    """Convolve with kernels that are, part by part, sums of weights with factors of every sample.
+
+    Args:
+        x: Input, (N, in_channels, H, W).
+        units: Factors, (N, out_channels * parts * M, 1, 1): M of them for each of the equal, consecutive parts into
+            which the flattened kernel of an output channel is divided.
+        weight: The M weights, (M, out_channels, in_channels // groups, kh, kw).
+        stride: As for a convolution.
+        padding: As for a convolution.
+        dilation: As for a convolution.
+        groups: As for a convolution.
+    """
+    n = x.shape[0]
+    m, out_channels, channels, kh, kw = weight.shape
+    any_batch = False
+    if not torch.jit.is_scripting():
+        # what is recorded has to hold for other batches too, and groups cannot be none
+        any_batch = torch.jit.is_tracing() or torch.compiler.is_compiling() or n == 0
+    if not any_batch:
+        units = units.reshape(n, -1, m)
+        kernel = torch.einsum("npm,mpo->npo", units, weight.reshape(m, units.shape[1], -1))
+        kernel = kernel.reshape(n, out_channels, channels, kh, kw)
+        return conv2d_per_sample(x, kernel, stride, padding, dilation, groups)
+    y = conv2d_scaled(x, units[:, ::m], weight[0], stride, padding, dilation, groups)
+    for i in range(1, m):
+        y = y + conv2d_scaled(x, units[:, i::m], weight[i], stride, padding, dilation, groups)
+    return y
+
+
 class VectorConv2d(nn.Conv2d):
     """1x1 convolution of a 1x1 map, computed as a product of matrices, which has far less overhead.
 
@@ -297,8 +336,8 @@ class WeightNet(nn.Module):
             weight = self.wn_fc2.weight.reshape(self.kernel_shape)
             y = conv2d_scaled(x, scale, weight, self.stride, self.padding, self.dilation, self.groups)
         else:
-            kernel = self.wn_fc2(scale).flatten(1).unflatten(1, self.kernel_shape)
-            y = conv2d_per_sample(x, kernel, self.stride, self.padding, self.dilation, self.groups)
+            weight = self.wn_fc2.weight.flatten(1).t().unflatten(1, self.kernel_shape)
+            y = conv2d_generated(x, scale, weight, self.stride, self.padding, self.dilation, self.groups)
         bias = self.bias
         return y if bias is None else y + bias.to(y.dtype).reshape(-1, 1, 1)
 

@@ -100,7 +100,7 @@ class RepMLPNet(nn.Module):
             math.lcm(*(size[side] * patch[side] * 2**i for i, size in enumerate(self.partition_sizes)))
             for side in (0, 1)
         )
-        _check_img_size(_pair("img_size", img_size), self.unit_h, self.unit_w)
+        _check_img_size(_pair("img_size", img_size), self.unit_h, self.unit_w, patch, stages)
 
         self.stem = ConvNormAct(in_chans, channels[0], patch, stride=patch, padding=0, norm_layer=norm_layer, **dd)
         blocks = sum(depths)
@@ -250,20 +250,31 @@ def _partition_sizes(
 ) -> tuple[tuple[int, int], ...]:
     """Height and width of the partitions of every stage."""
     if sizes is None:
-        strides = [(patch[0] * 2**i, patch[1] * 2**i) for i in range(stages)]
-        _check_img_size(img_size, *strides[-1])
-        return tuple((img_size[0] // h, img_size[1] // w) for h, w in strides)
+        _check_img_size(img_size, patch[0] * 2 ** (stages - 1), patch[1] * 2 ** (stages - 1), patch, stages)
+        return _one_partition(img_size, patch, stages)
     if len(sizes) != stages:
         raise ValueError(f"partition_sizes={sizes!r}: accepted is one for each of the {stages} stages")
     return tuple(_pair("partition_sizes", size) for size in sizes)
 
 
-def _check_img_size(img_size: tuple[int, int], unit_h: int, unit_w: int) -> None:
-    if img_size[0] % unit_h != 0 or img_size[1] % unit_w != 0:
-        raise ValueError(
-            f"img_size={img_size!r} cannot be cut into the partitions of every stage: accepted are multiples of "
-            f"{unit_h} for the height and of {unit_w} for the width, or other partition_sizes"
-        )
+def _one_partition(img_size: tuple[int, int], patch: tuple[int, int], stages: int) -> tuple[tuple[int, int], ...]:
+    return tuple((img_size[0] // (patch[0] * 2**i), img_size[1] // (patch[1] * 2**i)) for i in range(stages))
+
+
+def _check_img_size(img_size: tuple[int, int], unit_h: int, unit_w: int, patch: tuple[int, int], stages: int) -> None:
+    if img_size[0] % unit_h == 0 and img_size[1] % unit_w == 0:
+        return
+    message = (
+        f"img_size={img_size!r} cannot be cut into the partitions of every stage: accepted are multiples of "
+        f"{unit_h} for the height and of {unit_w} for the width"
+    )
+    least_h, least_w = (side * 2 ** (stages - 1) for side in patch)
+    if img_size[0] % least_h == 0 and img_size[1] % least_w == 0:
+        sizes = [h if h == w else (h, w) for h, w in _one_partition(img_size, patch, stages)]
+        message += f", or partition_sizes={tuple(sizes)}"
+    elif (unit_h, unit_w) != (least_h, least_w):
+        message += f", or of {least_h} and of {least_w} with other partition_sizes"
+    raise ValueError(message)
 
 
 # published keys, and ours
