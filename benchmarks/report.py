@@ -255,6 +255,8 @@ def _machine(report: Result, device: str) -> str:
     packages |= {"triton": "Triton"} if device == "gpu" else {"onnxruntime": "ONNX Runtime"}
     software = [f"{name} {v[key]}" for key, name in packages.items() if v[key]]
     text = f"{where}; {', '.join(software)}; {report['date']}"
+    if device == "cpu" and (report["load"] or 0) > 0.5:
+        text += f"; load average of the minute before: {report['load']}"
     if report["quick"] or not report["complete"]:
         text += "; **a shortened run, to be replaced by a complete one**"
     return text

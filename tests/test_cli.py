@@ -1,8 +1,10 @@
 import json
+import shutil
 
 import pytest
 import timm
 import torch
+from conftest import REPO
 from PIL import Image
 
 from timm_ulsam.cli import main
@@ -150,6 +152,47 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path, photograph):
     exif[0x0112] = 6  # stored lying on its side
     upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     assert read_image(tmp_path / "turned.png").tobytes() == upright.tobytes()
+
+
+def test_damaged_exif_does_not_matter(tmp_path, photograph):
+    from timm_ulsam.predict import read_image
+
+    upright = read_image(photograph)
+    for exif in (b"Exif\0\0neither II nor MM", b"Exif\0\0II"):
+        upright.save(tmp_path / "odd.png", exif=exif)
+        assert read_image(tmp_path / "odd.png").tobytes() == upright.tobytes()
+
+
+def test_a_damaged_png_is_named(capsys, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    Image.effect_noise((400, 400), 99).save(damaged)
+    chunks = damaged.read_bytes().split(b"IDAT")
+    assert len(chunks) > 2
+    damaged.write_bytes(b"IDAT".join(chunks[:2]) + b"\0\0\0\0" + chunks[2])
+    code, out, err = run(capsys, "predict", str(damaged))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"cannot read {damaged}: " in err
+
+
+def test_what_weights_say_of_themselves_is_said(capsys, tmp_path, photograph):
+    weights = tmp_path / "weights"
+    shutil.copytree(REPO / "weights/mobilenetv2_ulsam.tin200", weights)
+    config = json.loads((weights / "config.json").read_text())
+    config["pretrained_cfg"]["description"] = "An initialization."
+    (weights / "config.json").write_text(json.dumps(config))
+    code, out, err = run(capsys, "predict", str(photograph), "--model", f"local-dir:{weights}", "--json")
+    assert (code, err) == (0, f"timm-ulsam: local-dir:{weights}: An initialization.\n")
+    assert len(json.loads(out)["images"]) == 1
+
+
+def test_json_does_not_name_a_picture_that_cannot_be_drawn(capsys, tmp_path, photograph):
+    pytest.importorskip("matplotlib")
+    model = timm.create_model("mobilenetv2_050", num_classes=10)
+    timm.models.save_for_hf(model, tmp_path / "plain", safe_serialization=True)
+    argv = ["--model", f"local-dir:{tmp_path / 'plain'}", "--json", "--attention", str(tmp_path / "out.png")]
+    code, out, err = run(capsys, "predict", str(photograph), *argv)
+    assert (code, out) == (2, "")
+    assert "no ULSAM block" in err
 
 
 def test_more_photographs_than_one_batch(capsys, photograph):

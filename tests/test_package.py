@@ -214,6 +214,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(run, capsys, 
         (dict(labels="a\tb\nc\td\n"), "the checkpoint has 3 classes, 2 are named"),
         (dict(labels="a\nb\nc\n"), "every line must be the folder of a class, a tab and its name"),
         (dict(labels="a\t1\na\t2\nb\t3\n"), "names a class twice"),
+        (dict(labels="a\t1\n", encoding="utf-16"), "labels.txt is not UTF-8: "),
         (dict(options=dict(model_kwargs=dict(num_splits=4))), "does not fit mobilenetv2_ulsam_050: "),
         (dict(options=dict(model_kwargs=dict(nonsense=4))), "cannot be built with the options of the run: "),
         (dict(options=dict(class_map="map.txt")), "--class-map, which is not supported"),
@@ -229,7 +230,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(run, capsys, 
 def test_what_does_not_fit_is_refused_and_nothing_written(change, message, run, capsys, tmp_path):
     argv = ["--output", tmp_path / "new", *(a.format(tmp=tmp_path) for a in change.get("argv", []))]
     if "labels" in change:
-        (tmp_path / "labels.txt").write_text(change["labels"])
+        (tmp_path / "labels.txt").write_text(change["labels"], encoding=change.get("encoding"))
         argv += ["--labels", tmp_path / "labels.txt"]
     if "options" in change:
         (tmp_path / "args.yaml").write_text(yaml.safe_dump(change["options"]))
@@ -364,6 +365,16 @@ def test_a_card_without_a_start_that_its_recipe_has_is_refused(recipe, facts, me
     facts_file(name).write_text(yaml.safe_dump({**yaml.safe_load(facts_file(name).read_text()), **facts}))
     with pytest.raises(InputError, match=message):
         card(name)
+
+
+def test_a_split_that_the_records_lack_is_refused_before_anything_is_written(run, checkout, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(checkout / "weights"))
+    options = tmp_path / "args.yaml"
+    options.write_text(yaml.safe_dump(dict(model=ARCH, model_kwargs=dict(num_splits=2), val_split="val")))
+    given = dict(labels=run / "labels.txt", dataset="grocery-store", config=options)
+    with pytest.raises(InputError, match="measured the split 'val' of the data; accepted: train, validation, test"):
+        package_checkpoint(run / "model_best.pth.tar", ARCH, "test", **given)
+    assert not (checkout / "weights" / f"{ARCH}.test").exists()
 
 
 @pytest.fixture

@@ -87,10 +87,10 @@ def test_runs_as_json(capsys):
 
 def test_there_are_no_runs_without_a_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(tmp_path))
-    with pytest.raises(InputError, match="holds no records of runs: they are in a checkout"):
+    with pytest.raises(InputError, match="holds no records of runs: those of a clone are found with pip install -e"):
         runs()
     assert main(["list", "--runs", "tiny-imagenet"]) == 2
-    assert "they are in a checkout" in capsys.readouterr().err
+    assert "TIMM_ULSAM_WEIGHTS naming its weights/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn a checkpoint of timm's train.py (its EMA weights, if it has some) or a safetensors file into "
         "weights/ARCH.TAG/: model.safetensors, config.json and, if its facts are recorded, the model card. Nothing is "
         "unpickled but tensors and plain values.",
-        epilog="example: timm-ulsam package output/train/RUN/model_best.pth.tar --arch mobilenetv2_ulsam --tag tin200 "
-        "--labels words.txt --dataset tiny-imagenet",
+        epilog="example: timm-ulsam package output/train/RUN/model_best.pth.tar --arch mobilenetv2_ulsam --tag mine "
+        "--labels classes.txt --dataset tiny-imagenet",
     )
     package.add_argument("checkpoint", metavar="CHECKPOINT", help="model_best.pth.tar, or weights in safetensors")
     package.add_argument("--arch", required=True, metavar="NAME", help="name of the model")
@@ -142,6 +142,8 @@ def _predict(args: argparse.Namespace) -> None:
     if args.attention:
         check_picture(args.attention)
     model = load_model(args.model)
+    if model.pretrained_cfg.get("description"):  # of an initialization, that it is no classifier yet
+        print(f"timm-ulsam: {args.model}: {model.pretrained_cfg['description']}", file=sys.stderr)
     if args.demo:
         names, images = zip(*demo_images(), strict=True)
     else:
@@ -150,21 +152,22 @@ def _predict(args: argparse.Namespace) -> None:
         images = list(images)
     predictions = predict(model, images)
     if args.json:
+        if args.attention:  # what is printed names a picture that is there
+            draw_attention(model, images, predictions, args.attention)
         seen = [
             {"image": name, "predictions": [asdict(p) for p in best]}
             for name, best in zip(names, predictions, strict=True)
         ]
         result = {"model": args.model, "images": seen, "attention": args.attention}
         print(json.dumps(result, indent=2))
-    else:
-        for name, best in zip(names, predictions, strict=True):
-            print(name)
-            for p in best:
-                print(f"  {p.probability:6.1%}  {p.description}")
+        return
+    for name, best in zip(names, predictions, strict=True):
+        print(name)
+        for p in best:
+            print(f"  {p.probability:6.1%}  {p.description}")
     if args.attention:
         draw_attention(model, images, predictions, args.attention)
-        if not args.json:
-            print(f"attention maps drawn in {args.attention}")
+        print(f"attention maps drawn in {args.attention}")
 
 
 def _curve(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from .card import write_card
 from .errors import InputError
 from .files import read_weights, write_text
 from .models._build import check_fits
-from .pretrained import WEIGHTS_FILE, file_digest, record_digest, weights_dir
+from .pretrained import OF_A_CLONE, WEIGHTS_FILE, file_digest, record_digest, weights_dir
 from .publish import FILES
 from .records import dataset_of, facts_file, log_file, read_log, read_yaml, recipe_file
 from .zoo import model_names
@@ -110,7 +110,7 @@ def package(
         raise InputError("give the classes either as labels or as data_dir")
     name, in_zoo = f"{arch}.{tag}", output is None
     if in_zoo and not (weights_dir() / "facts").is_dir():
-        raise InputError(f"{weights_dir()} is not a checkout's: name a folder to write with --output")
+        raise InputError(f"{weights_dir()} holds no records: {OF_A_CLONE}; or name a folder to write with --output")
     if dataset is not None:
         if not in_zoo:
             raise InputError("--dataset records facts in the checkout; not with --output")
@@ -180,6 +180,8 @@ def _labels(file: Path, by_folders: bool) -> dict[str, str]:
         names = dict(rows)
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8: {error}") from error
     except ValueError as error:
         raise InputError(f"{file}: every line must be the folder of a class, a tab and its name") from error
     if len(names) != len(rows):
@@ -277,6 +279,9 @@ def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options
     split = options.get("val_split", "validation")
     if dataset is None and (not old or old.get("split") != split):
         return {}
+    known = dataset_of(dataset or old["dataset"])["images"]
+    if split not in known:
+        raise InputError(f"the run measured the split {split!r} of the data; accepted: {', '.join(known)}")
     log = path.parent / "summary.csv"
     try:
         measured = read_log(log)[read.epoch]

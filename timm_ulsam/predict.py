@@ -1,6 +1,7 @@
 """Predictions of a pretrained model on photographs, and pictures of where its ULSAM blocks looked."""
 
 import difflib
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,19 @@ def read_image(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _upright(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image that Pillow can read") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:  # ValueError: of some damaged files
+    # those of Python are of some damaged files
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (ValueError, SyntaxError, struct.error):
+        return image  # damaged EXIF does not say which side is up
 
 
 def demo_images() -> list[tuple[str, Image.Image]]:

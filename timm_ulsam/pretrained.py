@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 HUB_ORG = "timm-ulsam"
 WEIGHTS_FILE = "model.safetensors"
 _SUMS_FILE = "SHA256SUMS"
+# what to do where an installed package lacks records
+OF_A_CLONE = "those of a clone are found with pip install -e ., or with TIMM_ULSAM_WEIGHTS naming its weights/"
 
 
 def weights_dir() -> Path:

@@ -14,7 +14,7 @@ import timm
 import yaml
 
 from .errors import InputError
-from .pretrained import WEIGHTS_FILE, weights_dir
+from .pretrained import OF_A_CLONE, WEIGHTS_FILE, weights_dir
 from .systems import Cost, cost
 from .tables import markdown
 
@@ -130,7 +130,7 @@ def runs(dataset: str | None = None) -> list[Run]:
     """
     folder = weights_dir() / "facts"
     if not folder.is_dir():
-        raise InputError(f"{weights_dir()} holds no records of runs: they are in a checkout")
+        raise InputError(f"{weights_dir()} holds no records of runs: {OF_A_CLONE}")
     if dataset is not None:
         dataset_of(dataset)
     found = [(file.stem, read_yaml(file)) for file in sorted(folder.glob("*.yaml"))]
