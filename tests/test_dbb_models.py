@@ -162,6 +162,20 @@ def test_a_grey_model_has_the_logits_of_grey_images(name, form, tmp_path):
         assert_close(reparameterize_model(four)(x), four(x), 1e-5)
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_weights_of_grey_images_are_adapted_to_color(name, folded, tmp_path):
+    grey = timm.create_model(name, in_chans=1, num_classes=5).eval()
+    grey = reparameterize_model(grey) if folded else grey
+    torch.save(grey.state_dict(), tmp_path / "grey.pth")
+    # as config.json has it
+    overlay = dict(file=str(tmp_path / "grey.pth"), input_size=(1, 64, 64), num_classes=5)
+    color = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=3).eval()
+    x = torch.randn(1, 1, 64, 64)
+    with torch.no_grad():
+        assert_close(color(x.expand(1, 3, 64, 64)), grey(x), 1e-5)
+
+
 @pytest.mark.parametrize("form", ["train", "deploy"])
 @pytest.mark.parametrize("name", FILES)
 def test_features_of_a_checkpoint_are_those_of_the_classifier(name, form, tmp_path):

@@ -199,6 +199,20 @@ def test_a_checkpoint_of_color_images_is_adapted_to_other_inputs_as_timm_does(na
 
 
 @pytest.mark.parametrize("kind", ["factors", "plain"])
+@pytest.mark.parametrize("name", ["resnet18_doconv", "mobilenetv2_doconv"])
+def test_weights_of_gray_images_are_adapted_to_color(name, kind, tmp_path):
+    gray = make(name, num_classes=5, in_chans=1)
+    state = (gray if kind == "factors" else reparameterize_model(gray)).state_dict()
+    torch.save(state, tmp_path / "gray.pth")
+    # as config.json has it
+    overlay = dict(file=str(tmp_path / "gray.pth"), input_size=(1, 64, 64), num_classes=5)
+    color = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5, in_chans=3).eval()
+    x = images(1)
+    with torch.no_grad():
+        reference.assert_close(color(x.expand(-1, 3, -1, -1)), gray(x), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["factors", "plain"])
 @pytest.mark.parametrize("name", SMALL)
 def test_the_head_is_adapted(name, kind, tmp_path):
     source = make(name, num_classes=1000)

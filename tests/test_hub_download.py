@@ -167,6 +167,17 @@ def test_other_weights_under_the_name_of_the_zoo_are_refused(hub, tmp_path):
     assert digest not in cached
 
 
+def test_a_file_stays_in_the_cache_where_the_record_of_digests_is_what_lacks(hub, tmp_path):
+    code = f"""
+import os
+os.environ["TIMM_ULSAM_WEIGHTS"] = "nowhere"
+print_json(error('hf-hub:timm-ulsam/{NAME}'), cached())
+"""
+    message, cached = run(hub, tmp_path, code)
+    assert "cannot read the digests of the weights in" in message
+    assert DIGEST in cached
+
+
 def test_a_repository_without_safetensors_is_refused(hub, tmp_path):
     repo = hub.repos[f"someone/{NAME}"]
     files = dict(repo.resolve("main")[1])

@@ -152,6 +152,8 @@ def test_the_normalization_may_be_named_as_for_timms_models():
     model = timm.create_model("mobilenetv2_ulsam", norm_layer="layernorm2d", num_classes=3).eval()
     assert isinstance(model.blocks[4][2].bn_dw, LayerNorm2d)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(ValueError, match="norm_layer='evonorms0': accepted is a norm of timm without an activation"):
+        timm.create_model("mobilenetv2_ulsam", norm_layer="evonorms0")
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])

@@ -147,6 +147,59 @@ def test_gray_images_and_the_eps_of_batch_norms_are_kept(run, capsys, tmp_path):
     assert cfg["std"] == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
 
 
+@pytest.mark.parametrize("options", [dict(input_size=[1, 32, 40]), dict(in_chans=1)])
+def test_channels_and_size_are_found_where_the_run_has_them(options, run, capsys, tmp_path):
+    model = timm.create_model(ARCH, num_classes=3, in_chans=1).eval()
+    checkpoint = save_run(tmp_path, model, model=ARCH, **options)
+    code, _, err = package(capsys, run, "--output", tmp_path / "new", checkpoint=checkpoint)
+    assert code == 0, err
+    again, x = loaded(tmp_path / "new"), torch.randn(2, 1, 32, 40)
+    assert torch.equal(again(x), model(x))
+    assert list(again.pretrained_cfg["input_size"]) == options.get("input_size", [1, 224, 224])
+
+
+@pytest.mark.parametrize("options", [dict(img_size=64), dict(model_kwargs=dict(img_size=64))])
+def test_a_model_for_one_size_is_packaged_at_that_of_the_run(options, run, capsys, tmp_path):
+    arch, sizes = "repmlpnet_t224", dict(partition_sizes=(8, 4, 2, 1))
+    options = dict(options, model_kwargs={**sizes, **options.get("model_kwargs", {})})
+    model = timm.create_model(arch, num_classes=3, img_size=64, **sizes).eval()
+    checkpoint = save_run(tmp_path, model, model=arch, **options)
+    code, _, err = package(capsys, run, "--output", tmp_path / "new", checkpoint=checkpoint, arch=arch)
+    assert code == 0, err
+    again, x = loaded(tmp_path / "new"), torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(x), model(x))
+    assert again.pretrained_cfg["input_size"][-2:] == (64, 64)
+
+
+def test_the_folder_may_be_a_link_but_not_the_current_one(run, capsys, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert package(capsys, run, "--output", tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "real")
+    code, _, err = package(capsys, run, "--output", ".")
+    assert code == 2
+    assert "--output . is the current folder" in err
+
+
+def test_what_was_there_is_back_where_the_new_cannot_be_put(run, capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "new"
+    assert package(capsys, run, "--output", folder)[0] == 0
+    before = file_digest(folder / "model.safetensors")
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name == "new" and self != folder:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    assert package(capsys, run, "--output", folder, checkpoint="plain.safetensors")[0] == 2
+    assert file_digest(folder / "model.safetensors") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_a_run_that_goes_on_from_a_packaged_one_is_packaged(run, capsys, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert package(capsys, run, "--output", first)[0] == 0
@@ -365,6 +418,24 @@ def test_a_card_without_a_start_that_its_recipe_has_is_refused(recipe, facts, me
     facts_file(name).write_text(yaml.safe_dump({**yaml.safe_load(facts_file(name).read_text()), **facts}))
     with pytest.raises(InputError, match=message):
         card(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("recovery-1-5.pth.tar", {}, "recovery-1-5.pth.tar is of the middle of an epoch"),
+        ("last.pth.tar", dict(model_ema_force_cpu=True), "did not measure the accuracy of its EMA weights"),
+    ],
+)
+def test_accuracy_that_was_not_measured_is_not_recorded(name, options, message, run, checkout, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(checkout / "weights"))
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/model_best.pth.tar").rename(tmp_path / "run" / name)
+    given = dict(labels=run / "labels.txt", dataset="tiny-imagenet", config=tmp_path / "args.yaml")
+    given["config"].write_text(yaml.safe_dump(dict(model=ARCH, model_kwargs=dict(num_splits=2), **options)))
+    with pytest.raises(InputError, match=message):
+        package_checkpoint(tmp_path / "run" / name, ARCH, "test", **given)
+    assert not (checkout / "weights" / f"{ARCH}.test").exists()
 
 
 def test_a_split_that_the_records_lack_is_refused_before_anything_is_written(run, checkout, tmp_path, monkeypatch):

@@ -14,8 +14,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from timm.data import resolve_data_config
-from timm.data.loader import adapt_to_chs
+from timm.data.model_config import resolve_input_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import clean_state_dict, save_for_hf
 from timm.utils import natural_key
@@ -117,6 +116,9 @@ def package(
         dataset_of(dataset)
     folder = weights_dir() / name if in_zoo else Path(output)
     _check_free(folder)
+    real = folder.resolve()  # a link stays one
+    if not in_zoo and Path.cwd().is_relative_to(real):
+        raise InputError(f"--output {output} is the current folder, or holds it, and cannot be replaced")
 
     path = Path(checkpoint)
     read = read_checkpoint(path)
@@ -129,16 +131,21 @@ def package(
 
     facts = _facts(name, dataset, path, read, options) if in_zoo else {}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".package-") as temporary:
-        new = Path(temporary) / "new"
+    real.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=real.parent, prefix=".package-") as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
         _save(model, data, tag, names, new)
         digest = file_digest(new / WEIGHTS_FILE)
-        if folder.exists():
-            if not in_zoo and (folder / "README.md").is_file():
-                shutil.copy2(folder / "README.md", new)
-            folder.rename(Path(temporary) / "old")
-        new.rename(folder)
+        if real.exists():
+            if not in_zoo and (real / "README.md").is_file():
+                shutil.copy2(real / "README.md", new)
+            real.rename(old)
+        try:
+            new.rename(real)
+        except BaseException:
+            if old.exists():
+                old.rename(real)
+            raise
     left_to_do = ()
     if in_zoo:
         record_digest(name, digest)
@@ -220,15 +227,20 @@ def _fitted(
     trained = options.get("model") or arch
     if ":" not in trained and trained.partition(".")[0] != arch:
         raise InputError(f"the checkpoint is of {trained}, not of {arch}")
+    # as train.py reads them: either sizes with channels, or apart
+    channels, *size = options.get("input_size") or (options.get("in_chans"), options.get("img_size"))
+    model_kwargs = dict(options.get("model_kwargs") or {})
+    if timm.get_pretrained_cfg(arch).fixed_input_size and size != [None]:
+        model_kwargs.setdefault("img_size", size[0] if len(size) == 1 else tuple(size))
     try:
         # by the run's own name, whose tag, or whose config.json, says how images are prepared; None is left out
         model = timm.create_model(
             trained,
             num_classes=len(names),
-            in_chans=options.get("in_chans"),
+            in_chans=channels,
             global_pool=options.get("gp"),
             bn_eps=options.get("bn_eps"),
-            **(options.get("model_kwargs") or {}),
+            **model_kwargs,
         )
     except Exception as error:  # a name with a colon may point to anything
         raise InputError(f"{trained} cannot be built with the options of the run: {error}") from error
@@ -245,10 +257,11 @@ def _fitted(
         raise InputError(textwrap.shorten(f"the checkpoint does not fit {arch}: {error}", 1000)) from error
     model.load_state_dict(read.state)
 
-    data = resolve_data_config(options, model=model)
-    channels, height, width = data["input_size"]
-    for key in ("mean", "std"):
-        data[key] = adapt_to_chs(data[key], channels)  # as timm's loader does
+    try:
+        data = resolve_input_data_config(model, options)
+    except ValueError as error:
+        raise InputError(f"the options of the run do not fit: {error}") from error
+    _, height, width = data["input_size"]
     if tuple(data["input_size"]) != tuple(model.pretrained_cfg["input_size"]) and hasattr(model, "feature_info"):
         stride = model.feature_info[-1]["reduction"]
         model.pretrained_cfg["pool_size"] = (-(-height // stride), -(-width // stride))
@@ -279,6 +292,11 @@ def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options
     split = options.get("val_split", "validation")
     if dataset is None and (not old or old.get("split") != split):
         return {}
+    # train.py measures no such weights at the end of an epoch
+    if path.name.startswith("recovery"):
+        raise InputError(f"{path.name} is of the middle of an epoch: nothing measured its accuracy")
+    if options.get("model_ema_force_cpu") and read.source == "its EMA weights":
+        raise InputError("with --model-ema-force-cpu the run did not measure the accuracy of its EMA weights")
     known = dataset_of(dataset or old["dataset"])["images"]
     if split not in known:
         raise InputError(f"the run measured the split {split!r} of the data; accepted: {', '.join(known)}")

@@ -210,8 +210,9 @@ def _from_hub(cfg: "PretrainedCfg", name: str, cache_dir: str | Path | None) -> 
         raise WeightsError(f"{cfg.hf_hub_id} holds no {filename}, and nothing else is loaded") from error
     _check_download(file)
     if cfg.hf_hub_id == f"{HUB_ORG}/{name}":
+        expected = recorded_digest(name)  # where the record is what lacks, the file stays
         try:
-            check_digest(file, recorded_digest(name), _DROPPED)
+            check_digest(file, expected, _DROPPED)
         except WeightsError:
             _drop_from_cache(file)
             raise

@@ -185,13 +185,20 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     is_resnet = isinstance(model, ResNet)
     state_dict = renamed(unwrapped(state_dict), _RESNET_KEYS if is_resnet else _MOBILENET_KEYS)
     adapted = ["fc." if is_resnet else "classifier."]
-    if model.in_chans != 3:
-        offset, folded = "conv_stem.dbb_1x1_kxk.idconv1.weight", "conv_stem.dbb_reparam.weight"
-        if offset in state_dict and state_dict[offset].shape[:2] == (3, 3):
-            weight = with_identity(state_dict.pop(offset))
-            state_dict[offset.replace("idconv1", "conv1")] = adapt_input_conv(model.in_chans, weight)
-        if folded in state_dict and state_dict[folded].shape[1] == 3:
-            state_dict[folded] = adapt_input_conv(model.in_chans, state_dict[folded])
+    trained = model.pretrained_cfg["input_size"][0]  # channels of the weights
+    if model.in_chans != trained:
+        branch, folded = "conv_stem.dbb_1x1_kxk.", "conv_stem.dbb_reparam.weight"
+        offset, plain = f"{branch}idconv1.weight", f"{branch}conv1.weight"
+        if offset in state_dict and state_dict[offset].shape[1] == trained:
+            state_dict[plain] = with_identity(state_dict.pop(offset))
+        if plain in state_dict and state_dict[plain].shape[1] == trained:
+            weight = adapt_input_conv(model.in_chans, state_dict.pop(plain), trained)
+            if weight.shape[0] == weight.shape[1]:  # as many channels inside as come in
+                state_dict[offset] = weight - with_identity(torch.zeros_like(weight))
+            else:
+                state_dict[plain] = weight
+        if folded in state_dict and state_dict[folded].shape[1] == trained:
+            state_dict[folded] = adapt_input_conv(model.in_chans, state_dict[folded], trained)
         first = (f"{name}.weight" for name in (_RESNET_FIRST if is_resnet else _MOBILENET_FIRST))
         adapted += [key for key in first if key in state_dict]
     twin = deepcopy(model).to("meta")

@@ -122,7 +122,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Args:
         state_dict: Of DO-Convs, published or ours, or of the plain network by timm's or torchvision's names, whose
             kernels become W with D = 0; as it is, or wrapped.
-        model: One of this file's, to be loaded. For other than three input channels its stem is adapted as timm does.
+        model: One of this file's, to be loaded. For other input channels than those of the weights its stem is adapted
+            as timm does.
 
     Raises:
         RuntimeError: If the checkpoint is not one of `model`; names keys and shapes.
@@ -136,10 +137,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     # timm knows only a stem's `weight`, so it is not left to it
     prefix, stem = next(iter(convs.items()))
     kernel = state_dict.get(f"{prefix}W", state_dict.get(f"{prefix}weight"))
-    if stem.in_channels != 3 and kernel is not None and kernel.dim() > 2 and kernel.shape[1] == 3:
+    trained = model.pretrained_cfg["input_size"][0]  # channels of the weights
+    if stem.in_channels != trained and kernel is not None and kernel.dim() > 2 and kernel.shape[1] == trained:
         fold_state_dict(state_dict, prefix, stem.kernel_size)
         if f"{prefix}weight" in state_dict:
-            state_dict[f"{prefix}weight"] = adapt_input_conv(stem.in_channels, state_dict[f"{prefix}weight"])
+            state_dict[f"{prefix}weight"] = adapt_input_conv(stem.in_channels, state_dict[f"{prefix}weight"], trained)
     for prefix, module in convs.items():
         module.convert_state_dict(state_dict, prefix)
 

@@ -100,7 +100,10 @@ def _place_ulsam(
     inserted = _block_numbers("insert_after", insert_after, numbers, "exists")
 
     # placed after timm's initialization, so the layers keep PyTorch's: a batch norm follows every convolution anyway
-    norm_layer = get_norm_layer(norm_layer) or nn.BatchNorm2d
+    try:
+        norm_layer = get_norm_layer(norm_layer) or nn.BatchNorm2d
+    except KeyError as error:  # timm's MobileNet takes norms that have an activation in them too
+        raise ValueError(f"norm_layer={norm_layer!r}: accepted is a norm of timm without an activation") from error
     number = 0
     for stage_index, stage in enumerate(stages):
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
