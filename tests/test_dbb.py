@@ -1,6 +1,7 @@
 """The Diverse Branch Block: the published numbers, folding, and a convolution's place."""
 
 import copy
+import inspect
 import re
 from functools import partial
 
@@ -170,7 +171,10 @@ def test_parametrized_weights_fold():
     assert layer.dbb_reparam is not None
 
 
-@pytest.mark.parametrize("place", ["dbb_origin.conv", "dbb_avg.conv", "dbb_1x1.conv", "dbb_1x1_kxk.conv2"])
+@pytest.mark.parametrize(
+    "place",
+    ["dbb_origin.conv", "dbb_avg.conv", "dbb_1x1.conv", "dbb_1x1_kxk.conv2", "dbb_1x1_kxk.idconv1", "dbb_1x1.bn"],
+)
 def test_what_does_not_fold_stays(place):
     layer, x = make().eval(), image()
     prune.random_unstructured(layer.get_submodule(place), "weight", 0.5)
@@ -359,3 +363,26 @@ def test_a_strided_kernel_of_one_position_folds_too(channels):
     assert expected.shape == (2, 16, 5, 4)
     layer.reparameterize()
     assert_close(layer(x), expected, 1e-12)
+
+
+def test_a_frozen_layer_stays_frozen_when_it_is_folded():
+    layer = make().eval().requires_grad_(False)
+    folded = timm.utils.model.reparameterize_model(layer)
+    assert not any(p.requires_grad for p in folded.parameters())
+    layer.load_state_dict(folded.state_dict())
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_a_norm_without_bias_is_refused():
+    if "bias" not in inspect.signature(nn.BatchNorm2d).parameters:
+        pytest.skip("this PyTorch has no batch norm without bias")
+    with pytest.raises(ValueError, match="norm_layer"):
+        DiverseBranchBlock(8, 8, norm_layer=partial(nn.BatchNorm2d, bias=False))
+
+
+def test_other_paddings_stay_when_a_convolution_is_folded():
+    conv, norm = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4)
+    layer, x = stir(ConvBN.of(conv, norm)).eval(), torch.randn(2, 4, 6, 6)
+    expected = layer(x)
+    layer.reparameterize()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)

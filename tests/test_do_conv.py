@@ -386,3 +386,12 @@ def test_a_folded_layer_is_replicated_and_pruned():
     prune.remove(layer, "weight")
     torch.testing.assert_close(layer(x), y)
     assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_a_layer_with_a_pruned_bias_folds():
+    layer, x = DOConv2d(4, 4, 3).double(), image(torch.float64)[:, :4]
+    prune.random_unstructured(layer, "bias", 0.5)
+    expected = layer(x)
+    layer.reparameterize()
+    reference.assert_close(layer(x), expected, 1e-12)
+    assert "W" not in layer.state_dict()

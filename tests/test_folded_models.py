@@ -1,7 +1,9 @@
 """Models whose ULSAM is folded (`--reparam` of timm's scripts): what they compute, how they are saved and trained."""
 
 import copy
+import inspect
 import io
+from functools import partial
 
 import pytest
 import timm
@@ -180,3 +182,28 @@ def test_what_a_convolution_of_another_class_does_is_not_folded_away():
     expected = layer(x)
     layer.reparameterize()
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_norm_without_bias_computes_the_same_and_does_not_fold():
+    if "bias" not in inspect.signature(nn.BatchNorm2d).parameters:
+        pytest.skip("this PyTorch has no batch norm without bias")
+    layer = ULSAM(8, 2, norm_layer=partial(nn.BatchNorm2d, bias=False))
+    for training in (True, False):
+        layer.train(training)
+        expected, x = copy.deepcopy(layer), torch.randn(2, 8, 5, 5, requires_grad=True)
+        for bn in (expected.bn_dw, expected.bn_pw):
+            bn.register_forward_hook(lambda module, args, y: None)  # one by one
+        torch.testing.assert_close(layer(x), expected(x))
+    layer.reparameterize()
+    assert type(layer.bn_dw) is nn.BatchNorm2d
+
+
+def test_a_pruned_norm_does_not_fold():
+    layer, x = ULSAM(8, 2).eval(), torch.randn(2, 8, 5, 5)
+    prune.l1_unstructured(layer.bn_dw, "weight", 0.5)
+    nn.init.normal_(layer.bn_dw.weight_orig)  # as load_state_dict would
+    layer.reparameterize()
+    assert type(layer.bn_dw) is nn.BatchNorm2d
+    y = layer(x)
+    prune.remove(layer.bn_dw, "weight")
+    torch.testing.assert_close(y, layer(x))

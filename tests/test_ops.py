@@ -127,6 +127,16 @@ def test_cpu_version_takes_any_strides(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("part", [(slice(None), slice(8)), (slice(None), slice(8), slice(1, -1), slice(1, -1))])
+def test_compiled_version_takes_slices(part, memory_format):
+    wide = torch.randn(3, 16, 8, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
+    x = wide[part] if len(part) == 2 else wide[:, :8][part]
+    made = arguments(tuple(x.shape), 4, FOLDED) | {"x": x}
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.ulsam(**made), reference.ulsam(**made))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("training", [TRAIN, EVAL, FOLDED])
 def test_compiled_version_is_the_plain_one(training, memory_format):
     shape = (3, 8, 6, 5)

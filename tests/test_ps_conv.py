@@ -305,3 +305,13 @@ def test_replaces_the_convolutions_of_a_model_that_fit():
     replace_convs(model, PSConv2d, parts=2)
     assert [isinstance(m, PSConv2d) for m in model] == [False, True, False]
     assert model(torch.randn(1, 3, 4, 4)).shape == (1, 8, 4, 4)
+
+
+def test_a_folded_layer_keeps_its_parameters_when_a_state_is_loaded_and_stays_frozen():
+    layer = make_layer()
+    layer.conv.weight.requires_grad_(False)
+    layer.reparameterize()
+    weight = layer.conv.weight
+    assert not weight.requires_grad
+    layer.load_state_dict(layer.state_dict())
+    assert layer.conv.weight is weight

@@ -175,3 +175,12 @@ def test_what_is_frozen_stays_frozen(layer):
     replace_convs(model, layer)
     assert type(model[0]) is layer
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_convolutions_of_a_shared_layer_are_left_alone():
+    block = DiverseBranchBlock(8, 8)
+    model = nn.ModuleDict({"a": block, "b": nn.Sequential(nn.ReLU(), block), "c": nn.Conv2d(8, 8, 3, padding=1)})
+    replace_convs(model, DiverseBranchBlock)
+    assert sum(isinstance(m, DiverseBranchBlock) for m in model.modules()) == 2
+    with pytest.raises(ValueError, match="no convolution to replace"):
+        replace_convs(block, DiverseBranchBlock)

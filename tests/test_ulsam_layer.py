@@ -176,6 +176,20 @@ def test_gradients_are_exact_in_float64():
     assert torch.autograd.gradcheck(layer, x)
 
 
+def test_a_gradient_penalty_under_autocast_is_near_that_of_float32():
+    torch.manual_seed(0)
+    layer, x = ULSAM(8, 2), torch.randn(4, 8, 6, 6)
+    penalties = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = layer(leaf).float().square().sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)  # outside autocast, as PyTorch's recipe has it
+        assert gradient.dtype == dtype
+        penalties.append(torch.autograd.grad(gradient.float().square().sum(), layer.conv_pw.weight)[0])
+    assert (penalties[0] - penalties[1]).abs().max() <= 0.05 * penalties[1].abs().max()
+
+
 def test_is_scripted_traced_compiled_exported_and_pickled():
     layer = ULSAM(8, 4).eval()
     x = torch.randn(2, 8, 5, 6)

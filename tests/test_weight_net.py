@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import nn
+from torch.nn.utils import prune
 
 from timm_ulsam.layers import WeightNet, WeightNetConv2d, replace_convs
 
@@ -247,6 +248,7 @@ LAYERS = {
     "depthwise": dict(args=(8, 8, 3), groups=8),
     "more_inputs": dict(args=(8, 8, 3), expansion=4),
     "more_inputs_pointwise": dict(args=(8, 8, 1), expansion=6),
+    "pointwise_groups": dict(args=(8, 8, 1), groups=2),
     "more_inputs_depthwise": dict(args=(8, 8, 3), groups=8, expansion=4),
 }
 
@@ -320,3 +322,14 @@ def test_device_and_dtype_are_passed_down():
 def test_an_empty_batch_passes(kernel_size, expansion):
     layer = WeightNetConv2d(8, 12, kernel_size, expansion=expansion).eval()
     assert layer(torch.randn(0, 8, 9, 7)).shape == (0, 12, 9, 7)
+
+
+def test_hooks_on_the_second_layer_run_so_that_it_can_be_pruned():
+    layer, x = WeightNetConv2d(8, 8, 3), torch.randn(2, 8, 5, 5)
+    prune.l1_unstructured(layer.wnet.wn_fc2, "weight", 0.5)
+    for _ in range(2):
+        layer(x).sum().backward()
+    nn.init.normal_(layer.wnet.wn_fc2.weight_orig)  # as load_state_dict would
+    y = layer(x)
+    prune.remove(layer.wnet.wn_fc2, "weight")
+    reference.assert_close(y, layer(x), 1e-5)

@@ -19,9 +19,11 @@ def double(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether a module is a batch norm with weight and running statistics."""
+    """Whether a module is a batch norm with weight, bias and running statistics, all its own (no pruning)."""
     known = type(norm).__name__ in _NORMS and type(norm).__module__.split(".")[0] in ("torch", "torchvision", "timm")
-    return known and norm.weight is not None and norm.running_mean is not None
+    if not known or norm._forward_hooks or norm._forward_pre_hooks:
+        return False
+    return norm.weight is not None and norm.bias is not None and norm.running_mean is not None
 
 
 def is_plain(conv: nn.Module) -> bool:
@@ -54,11 +56,11 @@ def folded_conv(conv: nn.Conv2d, kernel: Kernel) -> nn.Conv2d:
     """A convolution with a bias of the geometry, device, dtype and memory format of `conv`."""
     geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     dd = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-    new = skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, *geometry, **dd)
+    new = skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, *geometry, padding_mode=conv.padding_mode, **dd)
     with torch.no_grad():
         new.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(kernel[0]))
         new.bias.copy_(kernel[1])
-    return new.train(conv.training)
+    return new.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
 
 def is_folded(state_dict: dict[str, torch.Tensor], linear: str, norm: str) -> bool:

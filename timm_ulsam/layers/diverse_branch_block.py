@@ -192,7 +192,10 @@ class SequentialBranch(nn.Module):
         return self.bn2(F.conv2d(x, conv.weight, bias, conv.stride, self.padding, conv.dilation, conv.groups))
 
     def can_fold(self) -> bool:
-        first_folds = type(self.idconv1) is IdentityConv2d or is_plain(self.conv1)
+        first = self.conv1 if self.idconv1 is None else self.idconv1
+        first_folds = is_plain(first) or (
+            type(first) is IdentityConv2d and not (first._forward_hooks or first._forward_pre_hooks)
+        )
         return first_folds and is_plain(self.conv2) and is_foldable(self.bn1.bn) and is_foldable(self.bn2)
 
     def folded_kernel(self) -> Kernel:

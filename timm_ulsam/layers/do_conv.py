@@ -244,7 +244,8 @@ class DOConv2d(nn.Module):
         weight = compose_kernel(*tensors, self.kernel_size).to(self.W.device, self.W.dtype)
         # in the order of a plain convolution; where a property is, `register_parameter` refuses
         own["weight"] = nn.Parameter(weight, requires_grad=self.W.requires_grad)
-        own["bias"] = own.pop("bias")
+        if "bias" in own:  # else it is computed
+            own["bias"] = own.pop("bias")
         self.W = self.D = self.d_diag = None
 
     def convert_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str = "") -> None:

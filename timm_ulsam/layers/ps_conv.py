@@ -239,7 +239,8 @@ class PSConv2d(nn.Module):
         """Take the reparameterized form if the state dict to be loaded, under `prefix`, has it."""
         weight = state_dict.get(f"{prefix}conv.weight")
         half = self.out_channels, self.in_channels // 2, *self.kernel_size
-        if weight is not None and tuple(weight.shape) == half and self._can_be_halved():
+        is_halved = type(self.conv) is _HalvedConv2d
+        if not is_halved and weight is not None and tuple(weight.shape) == half and self._can_be_halved():
             self.conv = self._halved()
 
     def _can_be_halved(self) -> bool:
@@ -257,7 +258,7 @@ class PSConv2d(nn.Module):
             device=self.conv.weight.device,
             dtype=self.conv.weight.dtype,
         )
-        return halved.train(self.training)
+        return halved.requires_grad_(self.conv.weight.requires_grad).train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         self.fold_as(state_dict, prefix)

@@ -48,8 +48,9 @@ def replace_convs(
     """
     places: dict[nn.Conv2d, list[str]] = {}  # by identity: one convolution in two places stays one
     users: Counter[int] = Counter()
-    done = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, layer))
-    for name, module in model.named_modules(remove_duplicate=False):
+    every = list(model.named_modules(remove_duplicate=False))
+    done = tuple(f"{name}." if name else "" for name, module in every if isinstance(module, layer))
+    for name, module in every:
         if type(module) is nn.Conv2d and not name.startswith(done):
             places.setdefault(module, []).append(name)
     for module in model.modules():

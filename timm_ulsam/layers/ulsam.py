@@ -34,7 +34,7 @@ def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
     if kind is nn.BatchNorm2d:
         if type(module) is Folded:
             kind = Folded
-        elif type(module) is kind and (not module.affine or module.momentum is None):
+        elif type(module) is kind and (module.weight is None or module.bias is None or module.momentum is None):
             return False
     return (
         type(module) is kind

@@ -103,7 +103,7 @@ def conv2d_scaled(
     out_channels, channels, kh, kw = weight.shape
     parts = scale.shape[1] // out_channels
     per_sample = channels % parts != 0  # the parts are no whole channels
-    if kh == 1 and kw == 1 and parts > 1:
+    if kh == 1 and kw == 1 and parts > 1 and groups == 1 and padding[0] == 0 and padding[1] == 0:
         per_sample = True
     elif x.device.type == "cpu" and not _is_channels_last(x):
         # measured: with fewer channels to sum over, the factors cost more than the kernels
@@ -331,6 +331,10 @@ class WeightNet(nn.Module):
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)
         check_condition(condition, x, self.condition_channels)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
+            if self.wn_fc2._forward_hooks or self.wn_fc2._forward_pre_hooks:  # pruning is one: its weight is not had
+                y = conv2d_per_sample(x, self.kernel(condition), self.stride, self.padding, self.dilation, self.groups)
+                return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, 1, 1)
         scale = self.wn_fc1(condition).sigmoid()
         if self.inputs_per_group == 1:
             weight = self.wn_fc2.weight.reshape(self.kernel_shape)

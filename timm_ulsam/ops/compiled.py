@@ -40,12 +40,13 @@ def ulsam(
 
 # With one zero column and row before every map, a sample laid out flat is pooled by shifting it: no window needs a
 # bounds check, which leaves long vectors. Laid out means in memory (as_strided): else it would be computed nine times.
+# `contiguous` is for slices of tensors of the other memory format, whose padded copy keeps theirs.
 
 
 def _scores_contiguous(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     batch, channels, height, width = y.shape
     plane = (height + 1) * (width + 1)
-    y = F.pad(y, (1, 0, 1, 0, 0, 2))  # the last windows reach into two more maps of zeros
+    y = F.pad(y, (1, 0, 1, 0, 0, 2)).contiguous()  # the last windows reach into two more maps of zeros
     y = y.as_strided((batch, (channels + 2) * plane), ((channels + 2) * plane, 1))
     y = _max_pool(y, 1, width + 1, channels * plane).view(batch, *weight.shape, plane)
     z = (y * weight.unsqueeze(-1)).sum(2)
@@ -55,7 +56,7 @@ def _scores_contiguous(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _scores_channels_last(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     batch, channels, height, width = y.shape
     row = (width + 1) * channels
-    y = F.pad(y.permute(0, 2, 3, 1), (0, 0, 1, 0, 1, 2))  # and into two more rows
+    y = F.pad(y.permute(0, 2, 3, 1), (0, 0, 1, 0, 1, 2)).contiguous()  # and into two more rows
     y = y.as_strided((batch, (height + 3) * row), ((height + 3) * row, 1))
     y = _max_pool(y, channels, row, height * row).view(batch, height, width + 1, *weight.shape)
     return (y * weight).sum(-1)[:, :, :-1].permute(0, 3, 1, 2)

@@ -262,7 +262,8 @@ class _ULSAM(torch.autograd.Function):
         if again or torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad):
             inputs = (x, weight_dw, bias_dw, weight_pw, bias_pw, *(dw or (None,) * 2)[:2], *(pw or (None,) * 2)[:2])
             with torch.enable_grad():
-                y = reference.ulsam(x, weight_dw, bias_dw, dw, weight_pw, bias_pw, pw, map_scale)
+                as_wide = x.to(weight_dw.dtype)  # x may be half, outside autocast by now
+                y = reference.ulsam(as_wide, weight_dw, bias_dw, dw, weight_pw, bias_pw, pw, map_scale).to(x.dtype)
             return *_gradients(y, inputs, grad, create_graph=again), None, None, None
 
         # of the maps, a g / C of x: as autograd has it

@@ -314,7 +314,8 @@ def _differentiate_again(
         for i, training, eps in ((3, training_dw, eps_dw), (9, training_pw, eps_pw))
     ]
     with torch.enable_grad():
-        out = reference.ulsam(inputs[0], *inputs[1:3], norms[0], *inputs[7:9], norms[1], inputs[13])
+        x = inputs[0].to(inputs[1].dtype)  # it may be half, outside autocast by now
+        out = reference.ulsam(x, *inputs[1:3], norms[0], *inputs[7:9], norms[1], inputs[13]).to(inputs[0].dtype)
     wanted = [i for i in (0, *_PARAMETERS) if inputs[i] is not None and needed[i]]
     found = torch.autograd.grad(out, [inputs[i] for i in wanted], grad_out, create_graph=again, allow_unused=True)
     gradients: list[torch.Tensor | None] = [None] * 18
