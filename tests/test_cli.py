@@ -106,8 +106,8 @@ def test_predict_json(capsys, photograph):
         ),
         (["{photo}", "--model", "resnet50_sa"], "has no pretrained weights; models of this zoo that have: mob"),
         (
-            ["{photo}", "--model", "mobilenetv2_ulsam_s"],
-            "mobilenetv2_ulsam_s without a tag has no weights; there are: mobilenetv2_ulsam_s.ra_in1k_init",
+            ["{photo}", "--model", "mobilenetv2_ulsam_050"],
+            "mobilenetv2_ulsam_050 without a tag has no weights; there are: mobilenetv2_ulsam_050.lamb_in1k_init",
         ),
         (
             ["{photo}", "--model", "mobilenetv2_ulsam.in99"],

@@ -99,7 +99,7 @@ def test_the_tag_says_that_it_is_no_classifier_of_its_own(name):
     ("name", "tag"),
     [
         ("mobilenetv2_ulsam", "tin200_96"),
-        ("mobilenetv2_ulsam_s", "untrained"),
+        ("mobilenetv2_ulsam_s", "tin200"),
         ("mobilenetv2_ulsam_l", "ra_in1k_init"),
         ("mobilenetv2_ulsam_050", "untrained"),
         ("mobilenetv1_ulsam", "untrained"),

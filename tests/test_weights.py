@@ -277,8 +277,8 @@ def test_offline_and_from_any_directory(python):
 
 
 def test_a_model_without_weights_says_so():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for mobilenetv2_ulsam_s"):
-        timm.create_model("mobilenetv2_ulsam_s", pretrained=True)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for mobilenetv2_ulsam_050"):
+        timm.create_model("mobilenetv2_ulsam_050", pretrained=True)
 
 
 def test_a_cfg_of_a_url_passes_unchanged():

@@ -151,7 +151,7 @@ def add_conv(matrix: torch.Tensor, kernel: torch.Tensor, w: int) -> None:
     """
     k = kernel.shape[-1]
     h = matrix.shape[1] // w
-    ky, kx, y, x = torch.meshgrid(*(torch.arange(n, device=matrix.device) for n in (k, k, h, w)), indexing="ij")
+    ky, kx, y, x = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (k, k, h, w)), indexing="ij")
     y_in, x_in = y + ky - k // 2, x + kx - k // 2
     inside = (y_in >= 0) & (y_in < h) & (x_in >= 0) & (x_in < w)
     position_out, position_in = (y * w + x)[inside], (y_in * w + x_in)[inside]
