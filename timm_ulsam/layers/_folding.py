@@ -18,12 +18,21 @@ def double(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward: pruning, for one, makes the weight in a hook."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether a module is a batch norm with weight, bias and running statistics, all its own (no pruning)."""
+    """Whether a module is a batch norm with weight, bias and running statistics, without hooks."""
     known = type(norm).__name__ in _NORMS and type(norm).__module__.split(".")[0] in ("torch", "torchvision", "timm")
-    if not known or norm._forward_hooks or norm._forward_pre_hooks:
-        return False
-    return norm.weight is not None and norm.bias is not None and norm.running_mean is not None
+    return (
+        known
+        and norm.weight is not None
+        and norm.bias is not None
+        and norm.running_mean is not None
+        and not has_hooks(norm)
+    )
 
 
 def is_plain(conv: nn.Module) -> bool:
@@ -32,7 +41,7 @@ def is_plain(conv: nn.Module) -> bool:
         isinstance(conv, nn.Conv2d)
         and type(conv).forward is nn.Conv2d.forward
         and type(conv)._conv_forward is nn.Conv2d._conv_forward
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
+        and not has_hooks(conv)
     )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._checks import check_input, check_positive
-from ._folding import Kernel, double, folded, folded_conv, is_foldable, is_plain
+from ._folding import Kernel, double, folded, folded_conv, has_hooks, is_foldable, is_plain
 from .conv_bn import ConvBN, centred_geometry, check_sizes
 
 torch.fx.wrap("check_input")
@@ -193,9 +193,7 @@ class SequentialBranch(nn.Module):
 
     def can_fold(self) -> bool:
         first = self.conv1 if self.idconv1 is None else self.idconv1
-        first_folds = is_plain(first) or (
-            type(first) is IdentityConv2d and not (first._forward_hooks or first._forward_pre_hooks)
-        )
+        first_folds = is_plain(first) or (type(first) is IdentityConv2d and not has_hooks(first))
         return first_folds and is_plain(self.conv2) and is_foldable(self.bn1.bn) and is_foldable(self.bn2)
 
     def folded_kernel(self) -> Kernel:

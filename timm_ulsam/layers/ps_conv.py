@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._checks import check_input, check_positive, is_positive, pair
+from ._folding import has_hooks
 
 torch.fx.wrap("check_input")
 
@@ -221,7 +222,7 @@ class PSConv2d(nn.Module):
         conv = self.conv
         # hooks and computed weights (parametrization, pruning) would be lost
         is_plain = type(conv) is _MaskedConv2d and "weight" in conv._parameters
-        if not is_plain or conv._forward_hooks or conv._forward_pre_hooks or not self._can_be_halved():
+        if not is_plain or has_hooks(conv) or not self._can_be_halved():
             return
         with torch.no_grad():
             blocks = conv._blocks(conv.weight)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._checks import check_input, check_positive, divisors, is_positive, pair
+from ._folding import has_hooks
 
 IntPair = int | tuple[int, int]
 
@@ -331,12 +332,14 @@ class WeightNet(nn.Module):
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)
         check_condition(condition, x, self.condition_channels)
-        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
-            if self.wn_fc2._forward_hooks or self.wn_fc2._forward_pre_hooks:  # pruning is one: its weight is not had
-                y = conv2d_per_sample(x, self.kernel(condition), self.stride, self.padding, self.dilation, self.groups)
-                return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, 1, 1)
+        must_call = False
+        if not torch.jit.is_scripting():
+            must_call = has_hooks(self.wn_fc2)
         scale = self.wn_fc1(condition).sigmoid()
-        if self.inputs_per_group == 1:
+        if must_call:
+            kernel = self.wn_fc2(scale).flatten(1).unflatten(1, self.kernel_shape)
+            y = conv2d_per_sample(x, kernel, self.stride, self.padding, self.dilation, self.groups)
+        elif self.inputs_per_group == 1:
             weight = self.wn_fc2.weight.reshape(self.kernel_shape)
             y = conv2d_scaled(x, scale, weight, self.stride, self.padding, self.dilation, self.groups)
         else:
