@@ -184,3 +184,21 @@ def test_the_convolutions_of_a_shared_layer_are_left_alone():
     assert sum(isinstance(m, DiverseBranchBlock) for m in model.modules()) == 2
     with pytest.raises(ValueError, match="no convolution to replace"):
         replace_convs(block, DiverseBranchBlock)
+
+
+@pytest.mark.parametrize(
+    ("layer", "biases"),
+    [
+        (DOConv2d, {"bias"}),
+        (DiverseBranchBlock, {"dbb_origin.bn.bias"}),
+        (PSConv2d, {"conv.bias", "gwconv.bias", "gwconv_shift.bias"}),
+        (WeightNetConv2d, {"wnet.bias"}),
+    ],
+)
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_of_a_convolution_is_frozen_stays_so(layer, biases, frozen):
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    getattr(conv, frozen).requires_grad_(False)
+    made = layer.from_conv(conv)
+    trained = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
+    assert trained == (biases if frozen == "weight" else {*dict(made.named_parameters())} - biases)

@@ -296,7 +296,8 @@ class DiverseBranchBlock(nn.Module):
         The k x k branch carries the weight and bias: its batch norm starts as the identity of evaluation (mean 0,
         variance 1). The last batch norm of the other branches starts at weight 0, so that they join by training. In
         training mode the output is normalized by batch statistics, as of any batch norm, which `conv` did not do: the
-        running statistics follow, and so does evaluation.
+        running statistics follow, and so does evaluation. What of `conv` is frozen, weight or bias, is so here: with
+        the weight, all branches are.
 
         Args:
             conv: Odd, square kernel, padded by `dilation * (kernel_size // 2)` zeros, equal strides and dilations.
@@ -313,7 +314,10 @@ class DiverseBranchBlock(nn.Module):
             origin.bn.weight.copy_((origin.bn.running_var + origin.bn.eps).sqrt())
             if conv.bias is not None:
                 origin.bn.bias.copy_(conv.bias)
-        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
+        layer.requires_grad_(conv.weight.requires_grad)
+        if conv.bias is not None:
+            origin.bn.bias.requires_grad_(conv.bias.requires_grad)
+        return layer.train(conv.training)
 
     def zero_init_branches(self, origin: bool = True) -> None:
         """Set the weight of the batch norm that ends a branch to zero, in all of them or all but the k x k branch."""

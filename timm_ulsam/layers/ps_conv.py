@@ -175,7 +175,8 @@ class PSConv2d(nn.Module):
     def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "PSConv2d":
         """A poly-scale convolution with the weights of a 3x3 convolution: each of them at its new dilation.
 
-        The output is another one, except where only the centre of the kernel meets the input.
+        The output is another one, except where only the centre of the kernel meets the input. What of `conv` is frozen,
+        weight or bias, is so here.
 
         Args:
             conv: 3x3, with padding 1 and dilation 1.
@@ -211,7 +212,11 @@ class PSConv2d(nn.Module):
                 layer.conv.bias.copy_(conv.bias)
                 layer.gwconv.bias.zero_()
                 layer.gwconv_shift.bias.zero_()
-        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
+        layer.requires_grad_(conv.weight.requires_grad)
+        if conv.bias is not None:
+            for part in (layer.conv, layer.gwconv, layer.gwconv_shift):
+                part.bias.requires_grad_(conv.bias.requires_grad)
+        return layer.train(conv.training)
 
     def reparameterize(self) -> None:
         """Leave out the zeros of `conv`, in place, for inference: `--reparam` of timm's scripts.

@@ -391,7 +391,8 @@ class WeightNetConv2d(nn.Module):
         """A layer in the place of `conv`, which at first computes what that did, for every sample.
 
         The condition begins at zero, so every sigmoid is 1/2, and the second layer holds the weight, doubled: the
-        kernel is that of `conv`, and its bias is kept. From the first step of training on, kernels differ.
+        kernel is that of `conv`, and its bias is kept. From the first step of training on, kernels differ. What of
+        `conv` is frozen, weight or bias, is so here.
 
         Args:
             conv: Convolution to be replaced.
@@ -437,7 +438,10 @@ class WeightNetConv2d(nn.Module):
             wnet.wn_fc2.weight.copy_(weight.expand_as(wnet.wn_fc2.weight))
             if conv.bias is not None:
                 wnet.bias.copy_(conv.bias)
-        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
+        layer.requires_grad_(conv.weight.requires_grad)
+        if conv.bias is not None:
+            wnet.bias.requires_grad_(conv.bias.requires_grad)
+        return layer.train(conv.training)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}"
