@@ -82,6 +82,14 @@ def test_parameters_are_trained_exactly():
     assert torch.autograd.gradcheck(call, (x, *parameters))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_vmap_gives_each_batch_its_own_output(grad):
+    layer, x = make_layer(), torch.randn(3, 2, 16, 4, 5)
+    with torch.set_grad_enabled(grad):
+        y = torch.func.vmap(layer)(x)
+        torch.testing.assert_close(y, torch.stack([layer(batch) for batch in x]))
+
+
 def test_a_new_layer_scales_everything_alike():
     x = torch.randn(2, 256, 3, 3)
     expected = x.unflatten(1, (2, 128)).transpose(1, 2).flatten(1, 2) * torch.sigmoid(torch.tensor(1.0))
