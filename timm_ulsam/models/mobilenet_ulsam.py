@@ -214,6 +214,7 @@ default_cfgs = generate_default_cfgs(
         "mobilenetv2_ulsam.tin200_96_ft_grocery81": _trained_cfg("mobilenetv2_ulsam.tin200_96_ft_grocery81", 81, 128),
         "mobilenetv2_ulsam.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_s.tin200": _trained_cfg("mobilenetv2_ulsam_s.tin200", 200, 64),
+        "mobilenetv2_ulsam_s.tin200_ft_grocery81": _trained_cfg("mobilenetv2_ulsam_s.tin200_ft_grocery81", 81, 96),
         # A name without a tag gives weights that classify as they are. Of the initializations only that of _l does, so
         # it is a default; where blocks are gone and nothing was trained, a star keeps the untrained one.
         "mobilenetv2_ulsam_s.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 12, 13, 15 and 16")),
