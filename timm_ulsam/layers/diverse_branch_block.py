@@ -14,6 +14,7 @@ from torch import nn
 from ._checks import check_input, check_positive
 from ._folding import Kernel, double, folded, folded_conv, has_hooks, is_foldable, is_plain
 from .conv_bn import ConvBN, centred_geometry, check_sizes
+from .replace import trained_as
 
 torch.fx.wrap("check_input")
 torch.fx.wrap("_border")  # else statistics of the time of tracing would be constants of the graph
@@ -314,10 +315,7 @@ class DiverseBranchBlock(nn.Module):
             origin.bn.weight.copy_((origin.bn.running_var + origin.bn.eps).sqrt())
             if conv.bias is not None:
                 origin.bn.bias.copy_(conv.bias)
-        layer.requires_grad_(conv.weight.requires_grad)
-        if conv.bias is not None:
-            origin.bn.bias.requires_grad_(conv.bias.requires_grad)
-        return layer.train(conv.training)
+        return trained_as(layer, conv, origin.bn.bias)
 
     def zero_init_branches(self, origin: bool = True) -> None:
         """Set the weight of the batch norm that ends a branch to zero, in all of them or all but the k x k branch."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ._checks import check_input, check_positive, divisors, is_positive, pair
+from .replace import trained_as
 
 torch.fx.wrap("check_input")
 torch.fx.wrap("compose_kernel")
@@ -167,12 +168,7 @@ class DOConv2d(nn.Module):
         # on the meta device, so that nothing is drawn at random
         layer = cls(*channels, conv.kernel_size, *geometry, d_mul=d_mul, device="meta", dtype=conv.weight.dtype)
         layer.load_state_dict({k: v.detach().clone() for k, v in conv.state_dict().items()}, assign=True)
-        for parameter in (layer.W, layer.D):
-            if parameter is not None:
-                parameter.requires_grad_(conv.weight.requires_grad)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(conv.bias.requires_grad)
-        return layer.train(conv.training)
+        return trained_as(layer, conv, layer.bias)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ._checks import check_input, check_positive, is_positive, pair
 from ._folding import has_hooks
+from .replace import trained_as
 
 torch.fx.wrap("check_input")
 
@@ -212,11 +213,7 @@ class PSConv2d(nn.Module):
                 layer.conv.bias.copy_(conv.bias)
                 layer.gwconv.bias.zero_()
                 layer.gwconv_shift.bias.zero_()
-        layer.requires_grad_(conv.weight.requires_grad)
-        if conv.bias is not None:
-            for part in (layer.conv, layer.gwconv, layer.gwconv_shift):
-                part.bias.requires_grad_(conv.bias.requires_grad)
-        return layer.train(conv.training)
+        return trained_as(layer, conv, layer.conv.bias, layer.gwconv.bias, layer.gwconv_shift.bias)
 
     def reparameterize(self) -> None:
         """Leave out the zeros of `conv`, in place, for inference: `--reparam` of timm's scripts.

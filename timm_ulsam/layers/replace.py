@@ -13,9 +13,20 @@ class ReplacesConv(Protocol):
     def from_conv(self, conv: nn.Conv2d, **kwargs: Any) -> nn.Module:
         """A new layer in the place of `conv`: its geometry, device, dtype, mode, and its weights where that is allowed.
 
+        What of `conv` is frozen, weight or bias, is so in the new layer.
+
         Raises:
             ValueError: If it cannot take this place; names the setting and what is accepted.
         """
+
+
+def trained_as(layer: nn.Module, conv: nn.Conv2d, *biases: nn.Parameter | None) -> nn.Module:
+    """`layer`, put into the mode of `conv`: what carries its bias is trained if that is, all else if its weight is."""
+    layer.requires_grad_(conv.weight.requires_grad)
+    if conv.bias is not None:
+        for bias in biases:
+            bias.requires_grad_(conv.bias.requires_grad)
+    return layer.train(conv.training)
 
 
 def replace_convs(

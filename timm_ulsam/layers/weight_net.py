@@ -13,6 +13,7 @@ from torch import nn
 
 from ._checks import check_input, check_positive, divisors, is_positive, pair
 from ._folding import has_hooks
+from .replace import trained_as
 
 IntPair = int | tuple[int, int]
 
@@ -438,10 +439,7 @@ class WeightNetConv2d(nn.Module):
             wnet.wn_fc2.weight.copy_(weight.expand_as(wnet.wn_fc2.weight))
             if conv.bias is not None:
                 wnet.bias.copy_(conv.bias)
-        layer.requires_grad_(conv.weight.requires_grad)
-        if conv.bias is not None:
-            wnet.bias.requires_grad_(conv.bias.requires_grad)
-        return layer.train(conv.training)
+        return trained_as(layer, conv, wnet.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}"
