@@ -82,6 +82,19 @@ def test_demo_names_what_is_in_the_photographs_and_draws_where_it_looked(capsys,
     assert [p.name for p in tmp_path.iterdir()] == ["attention.png"]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [("cuda", "TIMM_ULSAM_KERNEL='cuda'; accepted: 'auto', 'reference', 'triton'"), ("triton", "a tensor on cpu")],
+)
+def test_kernels_that_cannot_be_had_are_one_line(capsys, photograph, monkeypatch, kernel, message):
+    monkeypatch.setenv("TIMM_ULSAM_KERNEL", kernel)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("timm_ulsam.ops.dispatch._gpu_missing", lambda: "")
+    code, out, err = run(capsys, "predict", str(photograph))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
 def test_predict_json(capsys, photograph):
     code, out, _ = run(capsys, "predict", str(photograph), str(photograph), "--json")
     result = json.loads(out)

@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal lacks
     args = _parser().parse_args(argv)
-    from .errors import InputError, WeightsError
+    from .errors import InputError, KernelError, WeightsError
 
     try:
         args.run(args)
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, WeightsError, OSError) as error:
+    except (InputError, KernelError, WeightsError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"timm-ulsam: error: {message}", file=sys.stderr)
         return 2

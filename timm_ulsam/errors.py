@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class WeightsError(RuntimeError):
     """A weight file is not the one that was published, or cannot be had."""
+
+
+class KernelError(RuntimeError):
+    """The kernels that TIMM_ULSAM_KERNEL asks for cannot run here."""

@@ -6,6 +6,7 @@ import os
 import torch
 from torch.autograd import forward_ad
 
+from ..errors import InputError, KernelError
 from . import compiled, cpu, onnx, reference
 from .reference import Norm
 
@@ -17,7 +18,7 @@ _HALF = (torch.bfloat16, torch.float16)
 def _requested() -> str:
     kernel = os.environ.get("TIMM_ULSAM_KERNEL") or "auto"
     if kernel not in KERNELS:
-        raise ValueError(f"TIMM_ULSAM_KERNEL={kernel!r}; accepted: {', '.join(map(repr, KERNELS))}")
+        raise InputError(f"TIMM_ULSAM_KERNEL={kernel!r}; accepted: {', '.join(map(repr, KERNELS))}")
     return kernel
 
 
@@ -56,8 +57,8 @@ def ulsam(
     that has them. It is read at every call; compiled code keeps what it read when it was compiled.
 
     Raises:
-        ValueError: If TIMM_ULSAM_KERNEL names no version.
-        RuntimeError: If it asks for kernels that cannot run: no Triton, or tensors that are not on a GPU.
+        InputError: If TIMM_ULSAM_KERNEL names no version, a ValueError.
+        KernelError: If it asks for kernels that cannot run (no Triton, or tensors not on a GPU), a RuntimeError.
     """
     args = (x, weight_dw, bias_dw, norm_dw, weight_pw, bias_pw, norm_pw, map_scale)
     kernel = _requested()
@@ -107,9 +108,9 @@ def _on_cpu(x: torch.Tensor, *args) -> torch.Tensor:
 
 def _on_gpu(x: torch.Tensor, *args) -> torch.Tensor:
     if _gpu_missing():
-        raise RuntimeError(f"TIMM_ULSAM_KERNEL='triton', but {_gpu_missing()}; accepted here: 'auto', 'reference'")
+        raise KernelError(f"TIMM_ULSAM_KERNEL='triton', but {_gpu_missing()}; accepted here: 'auto', 'reference'")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
+        raise KernelError(
             f"TIMM_ULSAM_KERNEL='triton' with a tensor on {x.device}: the kernels run on GPUs, elsewhere only under "
             "TRITON_INTERPRET=1"
         )
