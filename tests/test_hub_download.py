@@ -155,14 +155,21 @@ print_json(messages, logits(name))
     assert again == expected
 
 
-def test_other_weights_under_the_name_of_the_zoo_are_refused(hub, tmp_path):
+@pytest.mark.parametrize("how", ["", "@main", "another tag in config.json"])
+def test_other_weights_under_the_name_of_the_zoo_are_refused(hub, tmp_path, how):
     repo = hub.repos[f"timm-ulsam/{NAME}"]
+    revision = how if how.startswith("@") else ""
     content = hub.large[DIGEST]
     other = content[:-1] + bytes([content[-1] ^ 1])
     digest = hashlib.sha256(other).hexdigest()
     hub.large[digest] = other
-    repo.commit("main", {**repo.resolve("main")[1], "model.safetensors": digest})
-    message, cached = run(hub, tmp_path, f"print_json(error('hf-hub:timm-ulsam/{NAME}'), cached())")
+    files = {**repo.resolve("main")[1], "model.safetensors": digest}
+    if how == "another tag in config.json":
+        config = json.loads(files["config.json"])
+        config["pretrained_cfg"]["tag"] = "other"
+        files["config.json"] = json.dumps(config).encode()
+    repo.commit("main", files)
+    message, cached = run(hub, tmp_path, f"print_json(error('hf-hub:timm-ulsam/{NAME}{revision}'), cached())")
     assert f"expected SHA-256 {DIGEST}, found {digest}. It is no longer in the cache" in message
     assert digest not in cached
 

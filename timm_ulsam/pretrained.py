@@ -165,7 +165,7 @@ def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "P
             read_weights(file)  # refuses what would run code, which older versions of timm load
     elif cfg.hf_hub_id:
         # timm is given the file that was checked, not the name of one that may be another by then
-        return dataclasses.replace(cfg, file=str(_from_hub(cfg, name, cache_dir)), source="file")
+        return dataclasses.replace(cfg, file=str(_from_hub(cfg, cache_dir)), source="file")
     return cfg
 
 
@@ -181,7 +181,7 @@ def downloads_explained(cfg: "PretrainedCfg") -> Iterator[None]:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         repository, file = cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE
-        is_own = repository == f"{HUB_ORG}/{cfg.architecture}.{cfg.tag}"
+        is_own = _own_weights(repository.partition("@")[0]) is not None
         clone = " A clone of timm-ulsam has them: set TIMM_ULSAM_WEIGHTS to its weights/." if is_own else ""
         raise WeightsError(
             f"the weights of {cfg.architecture}.{cfg.tag} are {file} of the Hub repository {repository}, which is "
@@ -192,7 +192,13 @@ def downloads_explained(cfg: "PretrainedCfg") -> Iterator[None]:
         ) from error
 
 
-def _from_hub(cfg: "PretrainedCfg", name: str, cache_dir: str | Path | None) -> Path:
+def _own_weights(repo: str) -> str | None:
+    """`<arch>.<tag>` of a Hub repository of the zoo, None of another's; the Hub does not tell upper from lower case."""
+    org, _, name = repo.partition("/")
+    return name if org.lower() == HUB_ORG else None
+
+
+def _from_hub(cfg: "PretrainedCfg", cache_dir: str | Path | None) -> Path:
     repo, _, revision = cfg.hf_hub_id.partition("@")
     options = {"revision": revision or None, "cache_dir": cache_dir}
     filename = cfg.hf_hub_filename or WEIGHTS_FILE
@@ -209,8 +215,10 @@ def _from_hub(cfg: "PretrainedCfg", name: str, cache_dir: str | Path | None) -> 
     except EntryNotFoundError as error:
         raise WeightsError(f"{cfg.hf_hub_id} holds no {filename}, and nothing else is loaded") from error
     _check_download(file)
-    if cfg.hf_hub_id == f"{HUB_ORG}/{name}":
-        expected = recorded_digest(name)  # where the record is what lacks, the file stays
+    # by the repository that was asked for, at whatever revision: what its config.json says is as little trusted
+    own = _own_weights(repo)
+    if own is not None:
+        expected = recorded_digest(own)  # where the record is what lacks, the file stays
         try:
             check_digest(file, expected, _DROPPED)
         except WeightsError:
