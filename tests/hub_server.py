@@ -25,6 +25,7 @@ class Refusal(Exception):
 class Repo:
     private: bool
     refs: dict = field(default_factory=dict)
+    targets: dict = field(default_factory=dict)  # the branch of every pull request
     commits: dict = field(default_factory=dict)  # files by commit; a file is bytes, or the digest of a large one
 
     def commit(self, ref, files):
@@ -244,20 +245,27 @@ def branch(request, hub, repo, branch):
 
 @route("GET", MODEL + "/discussions")
 def discussions(request, hub, repo):
-    numbers = [int(ref.rpartition("/")[2]) for ref in request.repo(hub, repo).refs if ref.startswith("refs/pr/")]
-    found = [
-        {
-            "num": number,
-            "title": "Publish",
-            "author": {"name": "writer"},
-            "createdAt": "2026-01-01T00:00:00.000Z",
-            "status": "open",
-            "repo": {"name": repo, "type": "model"},
-            "isPullRequest": True,
-        }
-        for number in numbers
-    ]
+    found = [_discussion(repo, number) for number in request.repo(hub, repo).targets]
     return {"discussions": found, "count": len(found), "start": 0}
+
+
+@route("GET", MODEL + r"/discussions/(?P<number>\d+)")
+def discussion(request, hub, repo, number):
+    target = request.repo(hub, repo).targets[int(number)]
+    changes = {"base": f"refs/heads/{target}", "mergeCommitId": None}
+    return {**_discussion(repo, int(number)), "changes": changes, "filesWithConflicts": [], "events": [], "diff": ""}
+
+
+def _discussion(repo, number):
+    return {
+        "num": number,
+        "title": "Publish",
+        "author": {"name": "writer"},
+        "createdAt": "2026-01-01T00:00:00.000Z",
+        "status": "open",
+        "repo": {"name": repo, "type": "model"},
+        "isPullRequest": True,
+    }
 
 
 @route("POST", MODEL + r"/preupload/(?P<revision>[^/]+)")
@@ -321,10 +329,11 @@ def commit(request, hub, repo, revision):
             files[value["path"]] = value["oid"]
         elif kind == "deletedFile":
             del files[value["path"]]
-    ref = f"refs/pr/{1 + sum(ref.startswith('refs/pr/') for ref in found.refs)}" if as_pr else revision
+    ref = f"refs/pr/{1 + len(found.targets)}" if as_pr else revision
     oid = found.commit(ref, files)
     answer = {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{repo}/commit/{oid}"}
     if as_pr:
+        found.targets[1 + len(found.targets)] = revision
         answer["pullRequestUrl"] = f"{hub.url}/{repo}/discussions/{ref.rpartition('/')[2]}"
     return answer
 

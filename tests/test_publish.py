@@ -141,6 +141,10 @@ def test_a_pull_request_is_opened_once(hub, publish):
     assert list(hub.files(MODEL)) == [".gitattributes"]
     again = publish("--create-pr", HF_TOKEN="hf_guest")
     assert again.stdout == f"{MODEL}: proposed already, {hub.url}/{MODEL}/discussions/1\n"
+    assert publish("--create-pr", "--revision", "main").stdout == again.stdout
+    hub.repos[MODEL].commit("v2", {})
+    other = publish("--create-pr", "--revision", "v2")  # the proposal above is not for this branch
+    assert other.stdout.endswith(f"; {hub.url}/{MODEL}/discussions/2\n"), other.stderr
     assert "has no revision 'v9'" in refused(publish("--create-pr", "--revision", "v9"))
 
 
@@ -184,6 +188,17 @@ def test_a_digest_that_does_not_match_is_refused_before_anything_is_sent(hub, pu
     assert recorded_digests()[NAME] in message
     assert "Nothing was published." in message
     assert not hub.asked
+
+
+def test_a_card_that_names_another_repository_is_refused(hub, publish, checkout):
+    card = checkout / "weights" / NAME / "README.md"
+    card.write_text(
+        card.read_text(encoding="utf-8").replace(f'"{NAME}"', f'"hf-hub:timm-ulsam/{NAME}"'), encoding="utf-8"
+    )
+    message = refused(publish(org="someone", cwd=checkout, PYTHONPATH=str(checkout)))
+    assert f"loads it from timm-ulsam, not from someone: timm-ulsam card {NAME} --org someone" in message
+    assert not hub.asked
+    assert publish("--dry-run", cwd=checkout, PYTHONPATH=str(checkout)).returncode == 0
 
 
 def test_a_folder_with_anything_else_in_it_is_refused(hub, publish, checkout):

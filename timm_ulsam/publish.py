@@ -1,5 +1,6 @@
 """Publish weights: `weights/<arch>.<tag>/` becomes the Hub repository `ORG/<arch>.<tag>`, and nothing else is in it."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +64,11 @@ def publish(
         dry_run: Change nothing at the Hub.
 
     Raises:
-        InputError: If a folder is missing or holds something else, if there is no token, no permission or no network,
-            or if the Hub refuses.
+        InputError: If a folder is missing or holds something else, if its card loads the weights from another's
+            repository, if there is no token, no permission or no network, or if the Hub refuses.
         WeightsError: If the digest of a weight file is not the recorded one, here or at the Hub afterwards.
     """
-    folders = [_checked_folder(name) for name in names]
+    folders = [_checked_folder(name, org) for name in names]
     api = HfApi(library_name="timm-ulsam", library_version=__version__)
     if get_token() is None:
         raise InputError(f"no token for {api.endpoint}: set HF_TOKEN, or log in with `hf auth login`")
@@ -80,7 +81,7 @@ def publish(
         yield done
 
 
-def _checked_folder(name: str) -> Path:
+def _checked_folder(name: str, org: str) -> Path:
     folder = weights_dir() / name
     if not folder.is_dir() or Path(name).name != name or "." not in name:
         known = sorted(path.parent.name for path in weights_dir().glob(f"*/{WEIGHTS_FILE}"))
@@ -88,6 +89,13 @@ def _checked_folder(name: str) -> Path:
     found = sorted(path.name for path in folder.iterdir())
     if found != sorted(FILES):
         raise InputError(f"{folder} must hold {', '.join(FILES)} and nothing else; it holds {', '.join(found)}")
+    card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    others = {found for found in re.findall(rf"hf-hub:([\w.-]+)/{re.escape(name)}(?![\w.-])", card) if found != org}
+    if others:
+        raise InputError(
+            f"the card of {name} loads it from {', '.join(sorted(others))}, not from {org}: "
+            f"timm-ulsam card {name} --org {org}"
+        )
     check_digest(folder / WEIGHTS_FILE, recorded_digest(name), "Nothing was published.")
     return folder
 
@@ -116,7 +124,7 @@ def _publish(
     done = Published(repo, is_new, added, deleted)
     if dry_run or not (added or deleted):
         return done
-    if create_pr and (url := _open_pull_request(api, repo, folder)):
+    if create_pr and (url := _open_pull_request(api, repo, revision or "main", folder)):
         return Published(repo, url=url, proposed=True)
 
     operations = [CommitOperationAdd(path, str(folder / path)) for path in added]
@@ -158,13 +166,15 @@ def _is_same(file: Path, remote: RepoFile) -> bool:
     return remote.blob_id == git_digest(file)
 
 
-def _open_pull_request(api: HfApi, repo: str, folder: Path) -> str | None:
-    """Address of an open pull request that holds these very files."""
+def _open_pull_request(api: HfApi, repo: str, branch: str, folder: Path) -> str | None:
+    """Address of an open pull request against a branch that holds these very files."""
     for discussion in api.get_repo_discussions(repo):
         if discussion.is_pull_request and discussion.status == "open":
             _, files = _state(api, repo, f"refs/pr/{discussion.num}")
             if files and not any(_differences(folder, files)):
-                return discussion.url
+                target = api.get_discussion_details(repo, discussion.num).target_branch
+                if target.removeprefix("refs/heads/") == branch.removeprefix("refs/heads/"):
+                    return discussion.url
     return None
 
 
