@@ -18,7 +18,7 @@ from timm_ulsam.card import card
 from timm_ulsam.cli import main
 from timm_ulsam.errors import InputError, WeightsError
 from timm_ulsam.package import package as package_checkpoint
-from timm_ulsam.pretrained import file_digest, recorded_digests
+from timm_ulsam.pretrained import file_digest, recorded_digests, weights_dir
 from timm_ulsam.records import facts_file, recipe_file
 
 NAMES = sorted(recorded_digests())
@@ -41,6 +41,14 @@ def run(tmp_path_factory):
     (folder / "labels.txt").write_text(LABELS)
     save_file(model.state_dict(), folder / "plain.safetensors")
     return folder
+
+
+@pytest.fixture
+def checkout(checkout):
+    """Its data sets have the three classes of the run."""
+    file = checkout / "weights" / "datasets.yaml"
+    file.write_text(re.sub(r"classes: \d+", "classes: 3", file.read_text(encoding="utf-8")), encoding="utf-8")
+    return checkout
 
 
 def package(capsys, run, *argv, checkpoint="model_best.pth.tar", arch=ARCH, labels=True):
@@ -200,6 +208,29 @@ def test_what_was_there_is_back_where_the_new_cannot_be_put(run, capsys, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize("broken", [b"half\n", b"\xff", b"one two three\n"])
+def test_what_was_there_is_back_where_the_digest_cannot_be_recorded(broken, run, cards):
+    cards("last.pth.tar")
+    sums, folder = weights_dir() / "SHA256SUMS", weights_dir() / f"{ARCH}.test"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    sums.write_bytes(sums.read_bytes() + broken * 2)
+    recorded_digests.cache_clear()
+    checkpoint = weights_dir().parent / "run" / "last.pth.tar"
+    saved = torch.load(checkpoint, weights_only=False)
+    torch.save({**saved, "state_dict_ema": None}, checkpoint)  # other weights
+    with pytest.raises(WeightsError, match="cannot read the digests"):
+        package_checkpoint(checkpoint, ARCH, "test", labels=run / "labels.txt")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not list(weights_dir().glob(".package-*"))
+
+
+def test_blank_lines_between_digests_are_nothing(cards):
+    sums = weights_dir() / "SHA256SUMS"
+    sums.write_text(sums.read_text() + "\n\n")
+    cards("last.pth.tar")
+    assert f"{ARCH}.test" in recorded_digests()
+
+
 def test_a_run_that_goes_on_from_a_packaged_one_is_packaged(run, capsys, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert package(capsys, run, "--output", first)[0] == 0
@@ -270,12 +301,22 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(run, capsys, 
         (dict(labels="a\t1\n", encoding="utf-16"), "labels.txt is not UTF-8: "),
         (dict(options=dict(model_kwargs=dict(num_splits=4))), "does not fit mobilenetv2_ulsam_050: "),
         (dict(options=dict(model_kwargs=dict(nonsense=4))), "cannot be built with the options of the run: "),
+        (dict(options=dict(input_size=48)), "have input_size: 48; train.py takes a list of channels, height and width"),
+        (dict(options=dict(dataset=3)), "have dataset: 3; train.py takes text"),
+        (dict(options=dict(model=3)), "have model: 3; train.py takes text"),
+        (dict(options=dict(model_kwargs=["a=1"])), "have model_kwargs: ['a=1']; train.py takes names and values"),
         (dict(options=dict(class_map="map.txt")), "--class-map, which is not supported"),
         (dict(checkpoint="labels.txt"), "is not a whole checkpoint"),
         (dict(checkpoint="half"), "is not a whole checkpoint"),
         (dict(checkpoint="half.safetensors"), "is not a whole checkpoint"),
         (dict(checkpoint="missing.pth"), "cannot read"),
-        (dict(checkpoint="list.pth"), "holds no weights"),
+        (dict(checkpoint=[1, 2]), "holds no weights"),
+        (dict(checkpoint={"args": "text", "state_dict": {"a": torch.zeros(1)}}), "its args are str, not options"),
+        (dict(checkpoint={"state_dict": [1, 2]}), "holds no weights"),
+        (dict(checkpoint={"state_dict": {1: torch.zeros(1)}}), "holds no weights"),
+        (dict(checkpoint={"state_dict": {"a": 1}}), "holds no weights"),
+        (dict(checkpoint={"a": torch.zeros(1), "b": 1}), "holds no weights"),
+        (dict(checkpoint="nan"), "holds infinities or NaN, in 1 weights: classifier.bias"),
         (dict(argv=["--dataset", "tiny-imagenet"]), "--dataset records facts in the checkout; not with --output"),
         (dict(argv=["--output", "{tmp}"]), "holds something else than README.md, config.json, model.safetensors"),
     ],
@@ -290,12 +331,17 @@ def test_what_does_not_fit_is_refused_and_nothing_written(change, message, run, 
         argv += ["--config", tmp_path / "args.yaml"]
     checkpoint = change.get("checkpoint", "model_best.pth.tar")
     whole = (run / "model_best.pth.tar").read_bytes()
-    if checkpoint.startswith("half"):
+    if checkpoint == "nan":
+        checkpoint = torch.load(run / "model_best.pth.tar", weights_only=False)
+        checkpoint["state_dict_ema"]["classifier.bias"][1] = float("nan")
+    elif not isinstance(checkpoint, str):
+        pass
+    elif checkpoint.startswith("half"):
         checkpoint = tmp_path / checkpoint
         checkpoint.write_bytes(((run / "plain.safetensors").read_bytes() if checkpoint.suffix else whole)[:-5000])
-    if checkpoint == "list.pth":
-        checkpoint = tmp_path / checkpoint
-        torch.save([1, 2], checkpoint)
+    if isinstance(checkpoint, (dict, list)):
+        torch.save(checkpoint, tmp_path / "saved.pth")
+        checkpoint = tmp_path / "saved.pth"
     (tmp_path / "mine.txt").touch()
     code, out, err = package(capsys, run, *argv, checkpoint=checkpoint, arch=change.get("arch", ARCH))
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -322,7 +368,8 @@ def test_in_a_checkout_digest_log_facts_and_card_are_kept(run, checkout, tmp_pat
     facts = yaml.safe_load((weights / "facts" / f"{name}.yaml").read_text())
     measured = dict(dataset="tiny-imagenet", split="validation", top1=50.0, top5=100.0)
     assert facts == {**measured, "epoch": 1, "checkpoint": "model_best.pth.tar"}
-    assert [line.split(":")[1].split()[0] for line in done.stdout.splitlines()[1:]] == ["write", "timm-ulsam", "put"]
+    steps = [line.split(":")[1].split()[0] for line in done.stdout.splitlines()[1:]]
+    assert steps == ["write", "timm-ulsam", "put", "or"]
 
     (weights / "recipes" / f"{name}.yaml").write_text("epochs: 2\nseed: 1\n")
     done = tool("card", name)
@@ -401,6 +448,43 @@ def test_a_card_names_who_publishes_it(cards, capsys):
     text = Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
     assert text.count(f"hf-hub:someone/{ARCH}.test") == 3  # two in Python, validate.py
     assert "timm-ulsam/" not in text
+
+
+def test_a_card_describes_the_model_as_it_was_built(cards):
+    text = cards("last.pth.tar")
+    assert f"# {ARCH}.test `{ARCH}` built with `num_splits=2`. The system is ULSAM" in text
+    assert "g = 4" not in text
+
+
+def test_a_run_with_other_classes_than_the_data_is_not_recorded(run, checkout, monkeypatch):
+    monkeypatch.setenv("TIMM_ULSAM_WEIGHTS", str(checkout / "weights"))
+    shutil.copy2(REPO / "weights" / "datasets.yaml", checkout / "weights")
+    with pytest.raises(InputError, match="the checkpoint has 3 classes, Tiny ImageNet-200 has 200"):
+        package_checkpoint(run / "model_best.pth.tar", ARCH, "test", labels=run / "labels.txt", dataset="tiny-imagenet")
+    assert not (checkout / "weights" / f"{ARCH}.test").exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (dict(top1="38.35 %"), "are not as they must be: "),
+        (dict(other_seeds=[40.1]), "are not as they must be: "),
+        (dict(notes="one note"), "notes in the facts of mobilenetv2_ulsam_050.test must be a list"),
+    ],
+)
+def test_a_card_of_unfit_facts_is_refused(facts, message, cards):
+    cards("last.pth.tar")
+    file = facts_file(f"{ARCH}.test")
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **facts}))
+    with pytest.raises(InputError, match=message):
+        card(f"{ARCH}.test")
+
+
+def test_a_card_of_a_broken_config_is_refused(cards):
+    cards("last.pth.tar")
+    (weights_dir() / f"{ARCH}.test" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="are not as they must be: "):
+        card(f"{ARCH}.test")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from .pretrained import HUB_ORG, WEIGHTS_FILE, file_digest, recorded_digests, we
 from .records import dataset_of, facts_file, read_yaml, recipe_file, start_of
 from .systems import cost, system_of
 
+# arguments of a model that its entrypoint does not speak of
+_OF_ANY_MODEL = ("num_classes", "in_chans", "img_size", "global_pool", "bn_eps", "drop_rate", "drop_path_rate")
 _TIMM = "[timm](https://github.com/huggingface/pytorch-image-models)"
 
 
@@ -33,7 +35,7 @@ def card(name: str, org: str = HUB_ORG) -> str:
             names it.
 
     Raises:
-        InputError: If the facts, the recipe, the weights or an entry of them are missing; names what.
+        InputError: If the facts, the recipe, the weights or an entry of them are missing or unfit; names what.
     """
     folder = weights_dir() / name
     if not (folder / WEIGHTS_FILE).is_file():
@@ -42,11 +44,15 @@ def card(name: str, org: str = HUB_ORG) -> str:
         raise InputError(f"there are no weights {name!r} in {weights_dir()}, so they have no card{said}")
     facts = read_yaml(facts_file(name))
     recipe = read_yaml(recipe_file(name))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return _head(name, org, facts, config) + _text(name, org, facts, recipe, config)
     except KeyError as error:
         raise InputError(f"the facts or the recipe of {name} lack {error}") from error
+    except InputError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"the facts, the recipe or config.json of {name} are not as they must be: {error}") from error
 
 
 def write_card(name: str, org: str = HUB_ORG) -> Path:
@@ -101,7 +107,7 @@ def _text(name: str, org: str, facts: dict[str, Any], recipe: dict[str, Any], co
     measured = f"the {data['images'][split]:,} {split} images of {data['name']}"
 
     hardware = f" on {facts['hardware']}" if "hardware" in facts else ""
-    described = (model_entrypoint(arch).__doc__ or f"{arch}.").strip().splitlines()[0]
+    described = _described(arch, config.get("model_args", {}))
     summary = f"""{described} The system is {system.name}, {papers}: {system.changes}. These weights were {start} on
         {data["name"]} at {size} px. A model of {_TIMM} with the plugin timm-ulsam installed."""
     trained = f"""{recipe["epochs"]} epochs{hardware} with timm's train.py and the recipe
@@ -112,6 +118,8 @@ def _text(name: str, org: str, facts: dict[str, Any], recipe: dict[str, Any], co
     authors = f"{facts['authors']}: " if "authors" in facts else ""
     venue = f"{facts['venue']}. " if "venue" in facts else ""
     paper = f"{authors}*{cfg['paper_name']}*. {venue}{papers}."
+    if not isinstance(facts.get("notes", []), list):
+        raise InputError(f"notes in the facts of {name} must be a list")
     notes = "\n".join(_wrapped(note, "- ", "  ") for note in [*facts.get("notes", []), *_terms(facts)])
     return f"""# {name}
 
@@ -153,6 +161,14 @@ python validate.py --data-dir {folder_of_data} --split {split} --model {by_name}
 
 {_wrapped(paper)}
 """
+
+
+def _described(arch: str, model_args: dict[str, Any]) -> str:
+    """What the model is: in the words of its entrypoint, unless it was built otherwise."""
+    other = {key: value for key, value in model_args.items() if key not in _OF_ANY_MODEL}
+    if other:
+        return f"`{arch}` built with {', '.join(f'`{key}={value!r}`' for key, value in other.items())}."
+    return (model_entrypoint(arch).__doc__ or f"{arch}.").strip().splitlines()[0]
 
 
 def _which_epoch(facts: dict[str, Any], recipe: dict[str, Any]) -> str:

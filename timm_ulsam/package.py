@@ -30,6 +30,9 @@ from .publish import FILES
 from .records import dataset_of, facts_file, log_file, read_log, read_yaml, recipe_file
 from .zoo import model_names
 
+# of the options of train.py that are read here
+_KINDS = {"model": str, "dataset": str, "val_split": str, "input_size": (list, tuple), "model_kwargs": dict}
+_NAMES = {str: "text", (list, tuple): "a list of channels, height and width", dict: "names and values"}
 _OTHER_READERS = ("hfds/", "hfids/", "tfds/", "torch/", "wds/")  # of timm, by the beginning of --dataset
 
 
@@ -129,7 +132,7 @@ def package(
     names = _class_folders(Path(data_dir)) if labels is None else _labels(Path(labels), by_folders)
     model, data = _fitted(read, options, arch, tag, names)
 
-    facts = _facts(name, dataset, path, read, options) if in_zoo else {}
+    facts = _facts(name, dataset, path, read, options, len(names)) if in_zoo else {}
 
     real.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=real.parent, prefix=".package-") as temporary:
@@ -142,13 +145,16 @@ def package(
             real.rename(old)
         try:
             new.rename(real)
+            if in_zoo:
+                record_digest(name, digest)
         except BaseException:
+            if not new.exists():
+                real.rename(new)
             if old.exists():
                 old.rename(real)
             raise
     left_to_do = ()
     if in_zoo:
-        record_digest(name, digest)
         left_to_do = _record(name, path, facts)
     return Packaged(folder, len(names), read.source, digest, left_to_do)
 
@@ -166,13 +172,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(saved, dict):
         raise InputError(f"{path} holds no weights")
     options = saved.get("args") or {}
-    options = vars(options) if isinstance(options, argparse.Namespace) else dict(options)
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    if not isinstance(options, dict):
+        raise InputError(f"{path} is no checkpoint of train.py: its args are {type(options).__name__}, not options")
     for key, source in (("state_dict_ema", "its EMA weights"), ("state_dict", "its weights")):
         if saved.get(key):
-            return Checkpoint(clean_state_dict(saved[key]), source, options, saved.get("epoch"))
-    if not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
+            return Checkpoint(_state(path, saved[key]), source, options, saved.get("epoch"))
+    return Checkpoint(_state(path, saved), "its weights", {}, None)
+
+
+def _state(path: Path, saved: Any) -> dict[str, torch.Tensor]:
+    if (
+        not saved
+        or not isinstance(saved, dict)
+        or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in saved.items())
+    ):
         raise InputError(f"{path} holds no weights; accepted: a checkpoint of train.py, or a state dict")
-    return Checkpoint(clean_state_dict(saved), "its weights", {}, None)
+    return clean_state_dict(saved)
 
 
 def _check_free(folder: Path) -> None:
@@ -215,6 +231,9 @@ def _options(path: Path, read: Checkpoint, config: str | Path | None) -> dict[st
         options = read.options
     else:
         options = read_yaml(beside)
+    for key, kind in _KINDS.items():
+        if options.get(key) and not isinstance(options[key], kind):
+            raise InputError(f"the options of the run have {key}: {options[key]!r}; train.py takes {_NAMES[kind]}")
     if options.get("class_map"):
         raise InputError("the run counted its classes by a --class-map, which is not supported")
     return options
@@ -255,11 +274,14 @@ def _fitted(
         check_fits(read.state, model)
     except RuntimeError as error:
         raise InputError(textwrap.shorten(f"the checkpoint does not fit {arch}: {error}", 1000)) from error
+    broken = [key for key, value in read.state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise InputError(f"the checkpoint holds infinities or NaN, in {len(broken)} weights: {broken[0]}, ...")
     model.load_state_dict(read.state)
 
     try:
         data = resolve_input_data_config(model, options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"the options of the run do not fit: {error}") from error
     _, height, width = data["input_size"]
     if tuple(data["input_size"]) != tuple(model.pretrained_cfg["input_size"]) and hasattr(model, "feature_info"):
@@ -286,7 +308,9 @@ def _save(model: nn.Module, data: dict[str, Any], tag: str, names: dict[str, str
     (folder / WEIGHTS_FILE).chmod(config_file.stat().st_mode)  # safetensors writes files for their owner alone
 
 
-def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+def _facts(
+    name: str, dataset: str | None, path: Path, read: Checkpoint, options: dict[str, Any], classes: int
+) -> dict[str, Any]:
     """The facts with what the run measured at this epoch; {} if nothing is to be recorded."""
     old = read_yaml(facts_file(name)) if facts_file(name).is_file() else {}
     split = options.get("val_split", "validation")
@@ -297,7 +321,10 @@ def _facts(name: str, dataset: str | None, path: Path, read: Checkpoint, options
         raise InputError(f"{path.name} is of the middle of an epoch: nothing measured its accuracy")
     if options.get("model_ema_force_cpu") and read.source == "its EMA weights":
         raise InputError("with --model-ema-force-cpu the run did not measure the accuracy of its EMA weights")
-    known = dataset_of(dataset or old["dataset"])["images"]
+    data = dataset_of(dataset or old["dataset"])
+    if data.get("classes", classes) != classes:
+        raise InputError(f"the checkpoint has {classes} classes, {data['name']} has {data['classes']}")
+    known = data["images"]
     if split not in known:
         raise InputError(f"the run measured the split {split!r} of the data; accepted: {', '.join(known)}")
     log = path.parent / "summary.csv"
@@ -340,4 +367,5 @@ def _record(name: str, path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     if name not in timm.list_pretrained(arch):
         module = timm.models.model_entrypoint(arch).__module__
         steps.append(f"put the tag {tag!r} into default_cfgs of {module}, then timm-ulsam card {name}")
+        steps.append(f"or keep it at the Hub alone: timm-ulsam card {name} --org ORG says that in the card")
     return tuple(steps)

@@ -58,7 +58,7 @@ def recorded_digests() -> dict[str, str]:
     """
     sums = weights_dir() / _SUMS_FILE
     try:
-        rows = [line.split() for line in sums.read_text(encoding="utf-8").splitlines()]
+        rows = [line.split() for line in sums.read_text(encoding="utf-8").splitlines() if line.strip()]
         return {path.split("/")[0]: digest for digest, path in rows}
     except (OSError, ValueError) as error:
         raise WeightsError(f"cannot read the digests of the weights in {sums}: {error}") from error
