@@ -132,6 +132,20 @@ def test_stochastic_depth_skips_the_attention_of_whole_samples():
     assert not (block.eval()(x) == x).flatten(1).all(1).any()
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_hook_on_stochastic_depth_sees_the_attention_maps(rate, training):
+    model = timm.create_model("mobilenetv2_ulsam", drop_path_rate=rate).train(training)
+    block, seen = model.blocks[4][2], []
+    assert isinstance(block, ULSAM)
+    handle = block.drop_path.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    block(torch.randn(2, 96, 6, 6))
+    assert seen == [(2, 4, 6, 6)]
+    handle.remove()
+    block(torch.randn(2, 96, 6, 6))
+    assert len(seen) == 1
+
+
 def test_a_ulsam_is_in_the_layer_group_of_its_place():
     model = timm.create_model("mobilenetv2_ulsam_l")
     groups = group_parameters(model, model.group_matcher(), reverse=True)

@@ -30,7 +30,8 @@ _CONV = ((1, 1), (1, 1), (0, 0))
 _POOL = (3, 1, 1, 1, False, False)
 
 
-def _is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very type, as it was made, and has no hooks: calling it does what its type does."""
     if kind is nn.BatchNorm2d:
         if type(module) is Folded:
             kind = Folded
@@ -171,7 +172,7 @@ class ULSAM(nn.Module):
         if not (
             isinstance(x, torch.Tensor)
             # a list, as torch.compile of PyTorch 2.8 does not look into a generator
-            and all([_is_unchanged(module, kind) for module, kind in zip(ours, _FUSABLE, strict=True)])  # noqa: C419
+            and all([is_unchanged(module, kind) for module, kind in zip(ours, _FUSABLE, strict=True)])  # noqa: C419
             and type(self).attention is ULSAM.attention
             and not _has_global_hooks()
         ):
@@ -198,7 +199,7 @@ class ULSAM(nn.Module):
         kernels = []
         for conv_name, bn_name in _PAIRS:
             conv, bn = getattr(self, conv_name), getattr(self, bn_name)
-            if is_foldable(bn) and _is_unchanged(conv, nn.Conv2d) and conv.bias is not None:
+            if is_foldable(bn) and is_unchanged(conv, nn.Conv2d) and conv.bias is not None:
                 kernels.append((conv, bn_name, folded(double(conv.weight), double(conv.bias), bn)))
         with torch.no_grad():
             for conv, bn_name, (weight, bias) in kernels:

@@ -25,7 +25,7 @@ from timm.models import (
 )
 from torch import nn
 
-from ..layers.ulsam import ULSAM
+from ..layers.ulsam import ULSAM, is_unchanged
 from ..ops import attend
 from ..pretrained import weights_cfg
 from ._build import imagenet_cfg
@@ -59,7 +59,8 @@ class ULSAMBlock(ULSAM):
 
     def _is_fusable(self, x: torch.Tensor) -> bool:
         # what drops each sample's maps may as well drop a factor of them
-        return type(self.drop_path) in (DropPath, nn.Identity) and super()._is_fusable(x)
+        as_made = is_unchanged(self.drop_path, DropPath) or is_unchanged(self.drop_path, nn.Identity)
+        return as_made and super()._is_fusable(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
