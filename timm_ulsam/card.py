@@ -68,9 +68,10 @@ def write_card(name: str, org: str = HUB_ORG) -> Path:
 def _head(name: str, org: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
     data = dataset_of(facts["dataset"])
     measured = {"top-1": facts["top1"], "top-5": facts["top5"]}
+    split = data.get("hub_splits", {}).get(facts["split"], facts["split"])
     result = {
         "task": {"type": "image-classification"},
-        "dataset": {"name": data["name"], "type": data.get("hub", facts["dataset"]), "split": facts["split"]},
+        "dataset": {"name": data["name"], "type": data.get("hub", facts["dataset"]), "split": split},
         "metrics": [{"type": "accuracy", "name": key, "value": value} for key, value in measured.items()],
     }
     head: dict[str, Any] = {
