@@ -222,6 +222,7 @@ default_cfgs = generate_default_cfgs(
         "mobilenetv2_ulsam_s.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k", "blocks 12, 13, 15 and 16")),
         "mobilenetv2_ulsam_l.ra_in1k_init": _cfg(**init_cfg("mobilenetv2_100.ra_in1k")),
         "mobilenetv2_ulsam_l.tin200": _trained_cfg("mobilenetv2_ulsam_l.tin200", 200, 64),
+        "mobilenetv2_ulsam_l.tin200_ft_grocery81": _trained_cfg("mobilenetv2_ulsam_l.tin200_ft_grocery81", 81, 96),
         "mobilenetv2_ulsam_l.untrained": _cfg(),
         "mobilenetv2_ulsam_050.lamb_in1k_init": _cfg(**init_cfg("mobilenetv2_050.lamb_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_050.untrained*": _cfg(),
