@@ -153,9 +153,7 @@ def package(
             if old.exists():
                 old.rename(real)
             raise
-    left_to_do = ()
-    if in_zoo:
-        left_to_do = _record(name, path, facts)
+    left_to_do = _record(name, path, facts) if in_zoo else ()
     return Packaged(folder, len(names), read.source, digest, left_to_do)
 
 
