@@ -166,6 +166,23 @@ def test_views_of_any_strides(view, training):
     check(view(), 2, training)
 
 
+@pytest.mark.parametrize("training", [TRAIN, EVAL])
+def test_parameters_may_be_slices_and_the_map_scale_expanded(training):
+    x, params = tensor(2, 6, 4, 5), parameters(6, 2)
+    slices = {k: torch.stack([v, torch.full_like(v, 9.0)], -1)[..., 0] for k, v in params.items()}
+    scale = torch.full((1, 1, 1, 1), 0.5, device=DEVICE).expand(2, 1, 1, 1)
+    results = []
+    for p, s in ((params, scale.contiguous()), (slices, scale)):
+        norms = [
+            Norm(*(p[f"{n}_{kind}"] for n in ("gamma", "beta", "mean", "var")), train, 0.1, 1e-5)
+            for kind, train in zip(("dw", "pw"), training, strict=True)
+        ]
+        learned = [p[n].requires_grad_() for n in WEIGHTS + NORMS]
+        y = gpu.ulsam(x, *(p[n] for n in WEIGHTS[:2]), norms[0], *(p[n] for n in WEIGHTS[2:]), norms[1], s)
+        results.append([y, *torch.autograd.grad(y.square().sum(), learned), *(p[n] for n in RUNNING)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_gradients_of_any_strides():
     x, params = tensor(2, 4, 4, 5), parameters(4, 2)
     for grad in (

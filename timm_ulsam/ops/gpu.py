@@ -48,6 +48,11 @@ if INTERPRETED:
         return register
 
 
+def check_launcher() -> None:
+    """Have Triton build, with a C compiler, what launches kernels; it raises whatever goes wrong there."""
+    getattr(triton.runtime.driver.active, "utils", None)
+
+
 def _power(size: int) -> int:
     return triton.next_power_of_2(int(size))
 
@@ -383,8 +388,11 @@ def ulsam(
             tensors.append([norm.weight, norm.bias, None, None])
         else:
             tensors.append([norm.weight, norm.bias, norm.running_mean, norm.running_var])
+    inputs = [x, weight_dw, bias_dw, *tensors[0], weight_pw, bias_pw, *tensors[1], map_scale]
+    # the kernels step through the elements of all but x, which may be slices of other tensors, or expanded
+    inputs[1:] = [None if t is None else t.contiguous() for t in inputs[1:]]
     out, _, statistics_dw, statistics_pw = _forward(
-        x, weight_dw, bias_dw, *tensors[0], weight_pw, bias_pw, *tensors[1], map_scale,
+        *inputs,
         norm_dw is not None and norm_dw.training, norm_pw is not None and norm_pw.training,
         1e-5 if norm_dw is None else norm_dw.eps, 1e-5 if norm_pw is None else norm_pw.eps,
     )  # fmt: skip
