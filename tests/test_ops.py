@@ -1,6 +1,8 @@
 """The fast versions of ULSAM's arithmetic against the plain one, and which of them runs when."""
 
 import copy
+import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -134,6 +136,14 @@ def test_compiled_version_takes_slices(part, memory_format):
     made = arguments(tuple(x.shape), 4, FOLDED) | {"x": x}
     with torch.no_grad():
         torch.testing.assert_close(compiled.ulsam(**made), reference.ulsam(**made))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_compiled_version_takes_no_images(memory_format):
+    made = arguments((0, 8, 5, 4), 2, FOLDED)
+    made["x"] = made["x"].contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        assert compiled.ulsam(**made).shape == (0, 8, 5, 4)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -375,6 +385,42 @@ def test_kernels_that_are_missing_are_refused_and_say_why(monkeypatch):
     monkeypatch.setattr(dispatch, "_gpu_missing", lambda: "No module named 'triton'")
     with pytest.raises(RuntimeError, match="No module named 'triton'; accepted here: 'auto', 'reference'"):
         ULSAM(8, 2)(torch.randn(2, 8, 4, 4))
+
+
+@pytest.fixture
+def fresh_dispatch():
+    for function in (dispatch._gpu_missing, dispatch._has_kernels):
+        function.cache_clear()
+    yield
+    for function in (dispatch._gpu_missing, dispatch._has_kernels):
+        function.cache_clear()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is launched in the interpreter")
+def test_a_gpu_without_what_launches_kernels_runs_the_plain_version(fresh_dispatch, monkeypatch):
+    gpu = pytest.importorskip("timm_ulsam.ops.gpu", reason="needs Triton", exc_type=ImportError)
+
+    def fail():
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "check_launcher", fail)
+    with pytest.warns(UserWarning, match="ULSAM runs without its GPU kernels.* Failed to find C compiler"):
+        assert "Failed to find C compiler" in dispatch._gpu_missing()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch._gpu_missing()  # said once
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtypes"),
+    [((6, 1), []), ((7, 5), [torch.float32, torch.float16]), ((8, 0), [torch.float32, torch.float16, torch.bfloat16])],
+)
+def test_kernels_run_where_the_gpu_has_their_instructions(capability, dtypes, fresh_dispatch, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    of_all = torch.float32, torch.float16, torch.bfloat16
+    assert [dtype for dtype in of_all if dispatch._has_kernels(0, dtype)] == dtypes
 
 
 def test_one_value_for_each_channel_is_refused_as_by_batch_norm():

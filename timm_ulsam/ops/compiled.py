@@ -50,7 +50,7 @@ def _scores_contiguous(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     y = y.as_strided((batch, (channels + 2) * plane), ((channels + 2) * plane, 1))
     y = _max_pool(y, 1, width + 1, channels * plane).view(batch, *weight.shape, plane)
     z = (y * weight.unsqueeze(-1)).sum(2)
-    return z.view(batch, -1, height + 1, width + 1)[..., :-1, :-1]
+    return z.view(batch, weight.shape[0], height + 1, width + 1)[..., :-1, :-1]
 
 
 def _scores_channels_last(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

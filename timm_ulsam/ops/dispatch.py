@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 
 import torch
 from torch.autograd import forward_ad
@@ -27,17 +28,26 @@ def _requested() -> str:
 def _gpu_missing() -> str:
     """Why the Triton kernels cannot be had; empty if they can."""
     try:
-        from . import gpu  # noqa: F401
+        from . import gpu
     except ImportError as error:
         return str(error)
+    if gpu.INTERPRETED or not torch.cuda.is_available():
+        return ""
+    try:
+        gpu.check_launcher()
+    except Exception as error:  # of whatever builds it
+        reason = f"Triton cannot launch kernels here: {' '.join(str(error).split())}"
+        warnings.warn(f"ULSAM runs without its GPU kernels. {reason}", stacklevel=2)
+        return reason
     return ""
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def _has_kernels(device: int) -> bool:
-    # NVIDIA's from Volta on, as Triton supports them
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (7, 0)
+def _has_kernels(device: int, dtype: torch.dtype) -> bool:
+    # NVIDIA's from Volta on, as Triton supports them; bfloat16 is in the hardware from Ampere on
+    least = (8, 0) if dtype == torch.bfloat16 else (7, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= least
 
 
 def ulsam(
@@ -68,7 +78,7 @@ def ulsam(
         return onnx.ulsam(*args)
     if _must_stay_plain(x):
         return reference.ulsam(*args)
-    if kernel == "triton" or (x.is_cuda and _has_kernels(x.device.index) and not _gpu_missing()):
+    if kernel == "triton" or (x.is_cuda and _has_kernels(x.device.index, x.dtype) and not _gpu_missing()):
         return _on_gpu(*args)
     if torch.compiler.is_compiling():
         return compiled.ulsam(*args)
