@@ -311,6 +311,10 @@ def test_channels_last_and_autocast(kwargs):
     assert_close(y.float(), expected, 0.05)
 
 
+def test_an_activation_may_be_named_as_timm_names_it():
+    assert type(DiverseBranchBlock(8, 8, 3, act_layer="relu6").act) is nn.ReLU6
+
+
 def test_an_activation_follows_the_sum_in_both_forms():
     layer, x = make(**FORMS["dense"], act_layer=nn.ReLU).eval(), image()
     plain = make(**FORMS["dense"])

@@ -1,11 +1,13 @@
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import reference
 import timm
 import torch
+from timm.models.cspnet import model_cfgs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -208,6 +210,21 @@ def test_serves_as_attn_layer_of_narrow_models_with_explicit_groups():
     assert all(p.grad is not None for layer in layers for p in layer.parameters())
     with pytest.raises(ValueError, match="groups=64 does not divide half of channels=64"):
         timm.create_model("resnet18", block_args=dict(attn_layer=ShuffleAttention))
+
+
+@pytest.mark.parametrize(
+    ("name", "attn"),
+    [
+        ("efficientnet_b0", lambda layer: dict(se_layer=layer)),
+        ("cs3darknet_m", lambda layer: dict(stages=replace(model_cfgs["cs3darknet_m"].stages, attn_layer=layer))),
+    ],
+)
+def test_serves_where_timm_passes_an_activation(name, attn):
+    model = timm.create_model(name, num_classes=3, **attn(partial(ShuffleAttention, groups=4)))
+    layers = [m for m in model.modules() if isinstance(m, ShuffleAttention)]
+    assert layers
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None for layer in layers for p in layer.parameters())
 
 
 @pytest.mark.parametrize("name", MODELS)

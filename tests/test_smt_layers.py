@@ -196,6 +196,10 @@ def test_it_trains_under_autocast():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in (x, *layer.parameters()))
 
 
+def test_an_activation_may_be_named_as_timm_names_it():
+    assert type(ScaleAwareModulation(8, act_layer="silu").act) is nn.SiLU
+
+
 def test_it_serves_as_attn_layer_of_timm_models():
     for attn_layer in (ScaleAwareModulation, partial(ScaleAwareModulation, num_heads=2, expand_ratio=1)):
         model = timm.create_model("resnet18", block_args=dict(attn_layer=attn_layer), num_classes=3)

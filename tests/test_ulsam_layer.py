@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import timm
 import torch
 from conftest import SHARED
 from safetensors.torch import load_file
+from timm.models.cspnet import model_cfgs
 from torch import nn
 
 from timm_ulsam import ULSAM
@@ -227,12 +229,19 @@ def test_inputs_of_wrong_rank_or_width_are_refused(shape, message, scripted):
         layer(torch.randn(shape))
 
 
+def test_an_activation_may_be_named_as_timm_names_it():
+    assert type(ULSAM(8, act_layer="silu").act_pw) is nn.SiLU
+    with pytest.raises(ValueError, match="act_layer='sillu' is no activation that timm knows; accepted: a class, or"):
+        ULSAM(8, act_layer="sillu")
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
         ("resnet18", dict(block_args=dict(attn_layer=ULSAM))),
         ("resnet50", dict(block_args=dict(attn_layer=partial(ULSAM, num_splits=8)))),
         ("efficientnet_b0", dict(se_layer=ULSAM)),
+        ("cs3darknet_m", dict(stages=replace(model_cfgs["cs3darknet_m"].stages, attn_layer=ULSAM))),
     ],
 )
 def test_serves_as_attn_layer_of_timm_models_and_trains(name, kwargs):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._activation import ActLayer, create_act
 from ._checks import check_input, check_positive
 from ._folding import Kernel, double, folded, folded_conv, has_hooks, is_foldable, is_plain
 from .conv_bn import ConvBN, centred_geometry, check_sizes
@@ -233,7 +234,7 @@ class DiverseBranchBlock(nn.Module):
         internal_channels: Channels between the two convolutions of the last branch, a multiple of `groups`. None for
             `in_channels`, twice that in a depthwise layer. If it is `in_channels`, the 1x1 convolution is stored as an
             offset from the identity (`idconv1`).
-        act_layer: Activation of the sum.
+        act_layer: Activation of the sum, a class or a name of timm's; None for none.
         norm_layer: Batch norm, called with a number of channels.
         device: Device of the parameters.
         dtype: Data type of the parameters.
@@ -254,7 +255,7 @@ class DiverseBranchBlock(nn.Module):
         groups: int = 1,
         *,
         internal_channels: int | None = None,
-        act_layer: Callable[[], nn.Module] | None = None,
+        act_layer: ActLayer | None = None,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -288,7 +289,7 @@ class DiverseBranchBlock(nn.Module):
             pointwise = 1, stride, 0, 1, groups
             self.dbb_1x1 = ConvBN(in_channels, out_channels, *pointwise, norm_layer=norm_layer, **dd)
         self.dbb_1x1_kxk = SequentialBranch(self.dbb_origin.conv, internal_channels, norm_layer, **dd)
-        self.act = nn.Identity() if act_layer is None else act_layer()
+        self.act = nn.Identity() if act_layer is None else create_act(act_layer)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **kwargs: Any) -> "DiverseBranchBlock":

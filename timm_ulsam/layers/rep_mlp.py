@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from ._activation import ActLayer, create_act
 from ._checks import check_input, check_positive, divisors, is_positive
 from ._folding import double, is_foldable, is_folded, scale_and_shift
 from .conv_bn import ConvBN
@@ -178,8 +179,8 @@ class RepMLPBlock(FoldsIntoFC):
         kernel_sizes: Kernels of the convolutions, odd; none if empty.
         reduction: The global perceptron has `channels // reduction` hidden channels.
         num_sharesets: Number of matrices, a divisor of `channels`.
-        act_layer: Activation of the global perceptron.
-        norm_layer: Normalization, called with a number of channels.
+        act_layer: Activation of the global perceptron, a class or a name of timm's.
+        norm_layer: Batch norm, called with a number of channels.
         device: Device of the parameters.
         dtype: Data type of the parameters.
 
@@ -198,7 +199,7 @@ class RepMLPBlock(FoldsIntoFC):
         kernel_sizes: Iterable[int] = (1, 3),
         reduction: int = 4,
         num_sharesets: int = 1,
-        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        act_layer: ActLayer = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -224,7 +225,7 @@ class RepMLPBlock(FoldsIntoFC):
             OrderedDict(
                 pool=nn.AdaptiveAvgPool2d(1),
                 fc1=nn.Conv2d(channels, hidden, 1, **dd),
-                act=act_layer(),
+                act=create_act(act_layer),
                 fc2=nn.Conv2d(hidden, channels, 1, **dd),
                 gate=nn.Sigmoid(),
             )

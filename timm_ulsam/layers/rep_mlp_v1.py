@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from ._activation import ActLayer, create_act
 from ._checks import check_positive, divisors, is_positive
 from ._folding import double, is_foldable, scale_and_shift
 from .rep_mlp import FoldsIntoFC, GroupedFC, check_kernel_sizes
@@ -55,8 +56,8 @@ class RepMLP(FoldsIntoFC):
         kernel_sizes: Kernels of the convolutions, odd; none if empty.
         reduction: The global perceptron's hidden layer is that many times narrower.
         groups: Groups of `fc3` and of the convolutions, a divisor of `channels`.
-        act_layer: Activation of the global perceptron.
-        norm_layer: Normalization, called with a number of channels.
+        act_layer: Activation of the global perceptron, a class or a name of timm's.
+        norm_layer: Batch norm, called with a number of channels.
         device: Device of the parameters.
         dtype: Data type of the parameters.
 
@@ -78,7 +79,7 @@ class RepMLP(FoldsIntoFC):
         kernel_sizes: Iterable[int] = (1, 3),
         reduction: int = 1,
         groups: int = 1,
-        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        act_layer: ActLayer = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -107,7 +108,7 @@ class RepMLP(FoldsIntoFC):
             self.fc1_fc2 = nn.Sequential(
                 OrderedDict(
                     fc1=nn.Linear(features, features // reduction, **dd),
-                    act=act_layer(),
+                    act=create_act(act_layer),
                     fc2=nn.Linear(features // reduction, features, **dd),
                 )
             )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ._activation import ActLayer, create_act
 from ._checks import check_input, check_positive, divisors, is_positive
 
 torch.fx.wrap("check_input")
@@ -54,7 +55,7 @@ class ScaleAwareModulation(nn.Module):
         expand_ratio: The modulator is made of `expand_ratio * channels` channels.
         qkv_bias: Whether the maps to v and s have a bias.
         proj_drop: Rate of dropout on the output.
-        act_layer: Activation of the modulator.
+        act_layer: Activation of the modulator, a class or a name of timm's.
         norm_layer: Normalization of the modulator, called with a number of channels.
         device: Device of the parameters.
         dtype: Data type of the parameters.
@@ -72,7 +73,7 @@ class ScaleAwareModulation(nn.Module):
         expand_ratio: int = 2,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
+        act_layer: ActLayer = nn.GELU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -94,7 +95,7 @@ class ScaleAwareModulation(nn.Module):
         )
         self.proj0 = nn.Conv2d(channels, hidden, 1, groups=head, **dd)
         self.bn = norm_layer(hidden, **dd)
-        self.act = act_layer()
+        self.act = create_act(act_layer)
         self.proj1 = nn.Conv2d(hidden, channels, 1, **dd)
         self.proj = nn.Linear(channels, channels, **dd)
         self.proj_drop = nn.Dropout(proj_drop)

@@ -110,6 +110,7 @@ class ShuffleAttention(nn.Module):
     Args:
         channels: Number of channels of the input.
         groups: Number of groups G, a divisor of half the channels. The published 64 needs a multiple of 128 channels.
+        act_layer: Not used, there is no activation but the gates: timm's CSPNet and EfficientNet pass theirs.
         device: Device of the parameters.
         dtype: Data type of the parameters.
 
@@ -123,6 +124,7 @@ class ShuffleAttention(nn.Module):
         channels: int,
         groups: int = 64,
         *,
+        act_layer: object = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

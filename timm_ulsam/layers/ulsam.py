@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ..ops import Norm, attend, ulsam
+from ._activation import ActLayer, create_act
 from ._checks import check_input, check_positive, divisors, is_positive
 from ._folding import double, folded, is_foldable
 
@@ -110,7 +111,7 @@ class ULSAM(nn.Module):
     Args:
         channels: Number of channels of the input.
         num_splits: Number of subspaces g, a divisor of `channels`.
-        act_layer: Activation after each batch norm.
+        act_layer: Activation after each batch norm, a class or a name of timm's.
         norm_layer: Normalization, called with a number of channels.
         device: Device of the parameters.
         dtype: Data type of the parameters.
@@ -125,7 +126,7 @@ class ULSAM(nn.Module):
         channels: int,
         num_splits: int = 4,
         *,
-        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        act_layer: ActLayer = nn.ReLU,
         norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -140,11 +141,11 @@ class ULSAM(nn.Module):
         self.num_splits = num_splits
         self.conv_dw = nn.Conv2d(channels, channels, 1, groups=channels, **dd)
         self.bn_dw = norm_layer(channels, **dd)
-        self.act_dw = act_layer()
+        self.act_dw = create_act(act_layer)
         self.pool = nn.MaxPool2d(3, stride=1, padding=1)
         self.conv_pw = nn.Conv2d(channels, num_splits, 1, groups=num_splits, **dd)
         self.bn_pw = norm_layer(num_splits, **dd)
-        self.act_pw = act_layer()
+        self.act_pw = create_act(act_layer)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, num_splits={self.num_splits}"
