@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from timm_ulsam.layers import DiverseBranchBlock, DOConv2d, PSConv2d, WeightNetConv2d, replace_convs
+from timm_ulsam.layers import ConvBN, DiverseBranchBlock, DOConv2d, PSConv2d, WeightNetConv2d, replace_convs
 
 
 def small(**kwargs) -> nn.Sequential:
@@ -128,6 +128,12 @@ def test_without_a_filter_a_misfit_is_left_alone(make, kept):
     model = replace_convs(make(), DOConv2d)
     assert kinds(model)[-len(kept) :] == kept
     assert "DOConv2d" in kinds(model)
+
+
+@pytest.mark.parametrize("layer", [ConvBN, DOConv2d(3, 4, 3), "DOConv2d"])
+def test_what_cannot_take_a_convolutions_place_is_refused(layer):
+    with pytest.raises(ValueError, match="cannot take the place of a convolution; accepted: DOConv2d, PSConv2d, Div"):
+        replace_convs(small(), layer)
 
 
 def test_nothing_to_replace_is_an_error_and_says_why():

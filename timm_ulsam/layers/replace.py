@@ -46,7 +46,7 @@ def replace_convs(
 
     Args:
         model: Any model; a convolution by itself is replaced too.
-        layer: Class of the new layers, such as `DOConv2d`, `PSConv2d` or `DiverseBranchBlock`.
+        layer: Class of the new layers, such as `DOConv2d`, `PSConv2d`, `DiverseBranchBlock` or `WeightNetConv2d`.
         filter: Called with the name and the convolution; says which are replaced, all of which must fit. None replaces
             every one that fits.
         **kwargs: Passed to `layer.from_conv`.
@@ -55,8 +55,12 @@ def replace_convs(
         The model, or the new layer if the model is a convolution.
 
     Raises:
-        ValueError: If a chosen convolution cannot be replaced, or none was. The model is then as it was.
+        ValueError: If `layer` has no `from_conv`, a chosen convolution cannot be replaced, or none was. The model is
+            then as it was.
     """
+    if not isinstance(layer, type) or not hasattr(layer, "from_conv"):
+        accepted = "DOConv2d, PSConv2d, DiverseBranchBlock, WeightNetConv2d, or a class with a from_conv as theirs"
+        raise ValueError(f"layer={layer!r} cannot take the place of a convolution; accepted: {accepted}")
     places: dict[nn.Conv2d, list[str]] = {}  # by identity: one convolution in two places stays one
     users: Counter[int] = Counter()
     every = list(model.named_modules(remove_duplicate=False))
