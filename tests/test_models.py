@@ -35,6 +35,35 @@ def cost(name: str, **kwargs) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2
 
 
+SMALL_RESNET = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("mobilenetv2_ulsam.ra_in1k_init", {}),
+        ("repmlpnet_t224", dict(channels=(8, 16), depths=(1, 1), num_sharesets=(1, 4), partition_sizes=(8, 4))),
+        ("resnet18_dbb", SMALL_RESNET),
+        ("resnet50_psconv", SMALL_RESNET),
+        ("resnet50_repmlp_light", dict(SMALL_RESNET, layers=(1, 2, 2, 1), img_size=32, partition_size=2)),
+        ("resnet50_sa", dict(layers=(1, 1, 1, 1))),
+        ("shufflenetv2_050_weightnet", dict(depths=(1, 1, 1))),
+        ("smt_tiny", dict(depths=(1, 1, 1, 1))),
+    ],
+)
+def test_a_checkpoint_without_its_first_convolution_is_refused_for_another_head_too(name, kwargs):
+    arch = name.partition(".")[0]
+    kwargs = {**kwargs, **(dict(img_size=32) if arch == "repmlpnet_t224" else {})}
+    source = "mobilenetv2_100" if arch.startswith("mobilenetv2") else arch
+    whole = timm.create_model(source, **kwargs)
+    first = timm.create_model(arch, **kwargs).pretrained_cfg["first_conv"]
+    gone = [k for k in whole.state_dict() if k.startswith(f"{first}.")]
+    assert gone
+    state = {k: v for k, v in whole.state_dict().items() if k not in gone}
+    with pytest.raises(RuntimeError, match=rf"missing: {first}\."):
+        timm.create_model(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=state), **kwargs)
+
+
 @pytest.mark.parametrize("name", COSTS)
 def test_cost_is_the_published_one(name):
     assert cost(name) == COSTS[name]

@@ -368,6 +368,18 @@ def test_bad_arguments_are_refused(name, kwargs, message):
         timm.create_model(name, device="meta", **kwargs)
 
 
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_convolutions_are_dilated_as_timms_are(output_stride):
+    ours, plain = (
+        timm.create_model(name, output_stride=output_stride, device="meta") for name in ("resnet50_repmlp", "resnet50")
+    )
+    expected = plain.layer3[1].conv2.dilation
+    assert expected == ((2, 2) if output_stride == 8 else (1, 1))
+    block = ours.layer3[1]
+    assert (block.conv2.conv.dilation, block.conv3.conv.dilation) == (expected, expected)
+    assert ours(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+
+
 def test_the_first_papers_networks_take_one_size():
     model = small("resnet50_repmlp")
     with pytest.raises(ValueError, match=r"accepted is \(N, 16, 4, 4\), the one size"):

@@ -74,6 +74,11 @@ def renamed(state_dict: dict[str, torch.Tensor], rules: Iterable[tuple[str, str]
     return {new(key): value for key, value in state_dict.items()}
 
 
+def among(state_dict: dict[str, torch.Tensor], *prefixes: str) -> tuple[str, ...]:
+    """Those of the beginnings under which a state dict holds something."""
+    return tuple(prefix for prefix in prefixes if any(key.startswith(prefix) for key in state_dict))
+
+
 def check_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, adapted: Iterable[str] = ()) -> None:
     """Refuse a converted checkpoint that is not of this model.
 
@@ -82,8 +87,8 @@ def check_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, adapted: I
     Args:
         state_dict: Converted to the model's keys.
         model: To be loaded.
-        adapted: Beginnings of keys that timm adapts afterwards (first convolution, classifier): may be missing there
-            and of other shapes.
+        adapted: Beginnings of keys that timm adapts afterwards (first convolution, classifier): what begins so may be
+            missing, and of another shape. A first convolution may not be missing: give it only where it is (`among`).
 
     Raises:
         RuntimeError: Names all keys that are missing, unexpected, or of another shape, with both shapes.

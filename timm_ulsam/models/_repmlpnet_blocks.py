@@ -45,7 +45,7 @@ class RepMLPNetUnit(nn.Module):
         num_sharesets: As for `RepMLPBlock`.
         drop_path: Rate of stochastic depth, of both branches.
         act_layer: Activation of the FFN.
-        norm_layer: Normalization, called with a number of channels.
+        norm_layer: Batch norm, called with a number of channels.
         device: Device of the parameters.
         dtype: Data type of the parameters.
     """

@@ -75,7 +75,8 @@ class BottleneckDBB(Bottleneck):
 class ResNetDBB(ResNet):
     """timm's ResNet whose 3x3 convolutions are Diverse Branch Blocks, all others with their batch norms `ConvBN`.
 
-    Folded (`--reparam` of timm's scripts), it is the plain ResNet, without any batch norm.
+    Folded (`--reparam` of timm's scripts), it is the plain ResNet without batch norms; one that an `aa_layer` parts
+    from its convolution stays.
 
     Args:
         block: `BasicBlockDBB` or `BottleneckDBB`.

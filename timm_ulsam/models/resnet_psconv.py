@@ -12,7 +12,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers.ps_conv import PSConv2d
-from ._build import build_model, check_fits, imagenet_cfg, unwrapped
+from ._build import among, build_model, check_fits, imagenet_cfg, unwrapped
 
 __all__ = ["ResNetPSConv"]
 
@@ -28,6 +28,11 @@ class PSBottleneck(Bottleneck):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.conv2.dilation != (1, 1):
+            raise ValueError(
+                "output_stride below 32 dilates the 3x3 convolutions, and PSConv has dilations of its own; "
+                "accepted: output_stride=32"
+            )
         self.conv2 = PSConv2d.from_conv(self.conv2, dilation=2, parts=4)
 
 
@@ -55,8 +60,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     for name, module in model.named_modules():
         if isinstance(module, PSConv2d):
             module.fold_as(state_dict, f"{name}.")
-    adapted = [f"{name}." for name in ("conv1", "fc") if f"{name}.weight" in state_dict or name == "fc"]
-    check_fits(state_dict, model, adapted)
+    check_fits(state_dict, model, (*among(state_dict, "conv1."), "fc."))
     return state_dict
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..layers._checks import is_positive
 from ..layers.conv_bn import ConvBN
 from ..layers.rep_mlp_v1 import RepMLP
-from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
+from ._build import among, build_model, check_fits, imagenet_cfg, renamed, unwrapped
 
 __all__ = ["RepMLPResNet"]
 
@@ -62,9 +62,10 @@ class RepMLPBottleneck(nn.Module):
         rep_channels: Channels of RepMLP.
         height: Height of the input.
         width: Width of the input.
+        dilation: Of the 3x3 convolutions.
         drop_path: Stochastic depth of the branch.
         act_layer: Activation.
-        norm_layer: Normalization, called with a number of channels.
+        norm_layer: Batch norm, called with a number of channels.
         device: Device of the parameters.
         dtype: Data type of the parameters.
         **kwargs: Passed to `RepMLP`.
@@ -78,6 +79,7 @@ class RepMLPBottleneck(nn.Module):
         height: int,
         width: int,
         *,
+        dilation: int = 1,
         drop_path: nn.Module | None = None,
         act_layer: type[nn.Module] = nn.ReLU,
         norm_layer: type[nn.Module] = nn.BatchNorm2d,
@@ -86,16 +88,17 @@ class RepMLPBottleneck(nn.Module):
         **kwargs: Any,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        conv3x3 = dict(kernel_size=3, dilation=dilation, norm_layer=norm_layer, **dd)
         super().__init__()
         narrow = rep_channels if mid_channels is None else mid_channels
         self.conv1 = ConvBN(channels, narrow, 1, norm_layer=norm_layer, **dd)
         self.act1 = act_layer(inplace=True)
         light = mid_channels is None
-        self.conv2 = nn.Identity() if light else ConvBN(narrow, rep_channels, 3, norm_layer=norm_layer, **dd)
+        self.conv2 = nn.Identity() if light else ConvBN(narrow, rep_channels, **conv3x3)
         self.act2 = nn.Identity() if light else act_layer(inplace=True)
         self.rep_mlp = RepMLP(rep_channels, height, width, norm_layer=norm_layer, **kwargs, **dd)
         self.rep_act = act_layer(inplace=True)
-        self.conv3 = nn.Identity() if light else ConvBN(rep_channels, narrow, 3, norm_layer=norm_layer, **dd)
+        self.conv3 = nn.Identity() if light else ConvBN(rep_channels, narrow, **conv3x3)
         self.act3 = nn.Identity() if light else act_layer(inplace=True)
         self.conv4 = ConvBN(narrow, channels, 1, norm_layer=norm_layer, **dd)
         self.drop_path = nn.Identity() if drop_path is None else drop_path
@@ -116,7 +119,8 @@ class RepMLPBottleneck(nn.Module):
 class RepMLPResNet(ResNet):
     """timm's ResNet with `RepMLPBottleneck` for all blocks but the first of the second and third stage.
 
-    All batch norms fold (`reparameterize`, timm's `--reparam`). RepMLP's global perceptron has weights for one size of
+    Batch norms fold (`reparameterize`, timm's `--reparam`), all of those of the published network; what `stem_type`,
+    `avg_down` and `replace_stem_pool` bring in stays. RepMLP's global perceptron has weights for one size of
     images.
 
     Args:
@@ -129,7 +133,7 @@ class RepMLPResNet(ResNet):
         bottleneck_ratios: In each of the two stages, how many times fewer channels RepMLP has than the 3x3
             convolutions around it; None for light blocks.
         act_layer: Activation.
-        norm_layer: Normalization.
+        norm_layer: Batch norm.
         drop_path_rate: As for `ResNet`, through all blocks.
         zero_init_last: As for `ResNet`.
         device: Device of the parameters.
@@ -137,8 +141,8 @@ class RepMLPResNet(ResNet):
         **kwargs: As for `ResNet`; what is about blocks goes to those without RepMLP.
 
     Raises:
-        ValueError: If `img_size` cannot be cut into partitions (the accepted sizes are named), or as `RepMLP`; in
-            `forward`, if images are of another size.
+        ValueError: If `img_size` cannot be cut into partitions (the accepted sizes are named), or as `RepMLP`
+            and `ConvBN`; in `forward`, if images are of another size.
     """
 
     def __init__(
@@ -192,6 +196,7 @@ class RepMLPResNet(ResNet):
                     channels // 8 if mid_channels is None else mid_channels // ratio,
                     height // stride,
                     width // stride,
+                    dilation=blocks[i].conv2.conv.dilation[0],
                     drop_path=blocks[i].drop_path,
                     act_layer=act_layer,
                     norm_layer=norm_layer,
@@ -244,7 +249,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RepMLPResNet) -> dic
     for name, module in model.named_modules():
         if isinstance(module, ConvBN | RepMLP):
             module.fold_as(state_dict, f"{name}.")
-    check_fits(state_dict, model, ("conv1.conv.weight", "fc."))
+    check_fits(state_dict, model, (*among(state_dict, "conv1.conv.weight"), "fc."))
     return state_dict
 
 
