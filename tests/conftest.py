@@ -13,10 +13,8 @@ os.environ["TIMM_ULSAM_WEIGHTS"] = str(REPO / "weights")
 
 
 def own_environment(**env: str) -> dict[str, str]:
-    """Environment of a process whose package finds its weights by itself."""
-    environment = {**os.environ, **env}
-    del environment["TIMM_ULSAM_WEIGHTS"]
-    return environment
+    """Environment of a process whose package finds its weights by itself, but for what `env` says."""
+    return {k: v for k, v in os.environ.items() if k != "TIMM_ULSAM_WEIGHTS"} | env
 
 
 @pytest.fixture

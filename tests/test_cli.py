@@ -187,6 +187,52 @@ def test_a_damaged_png_is_named(capsys, tmp_path):
     assert f"cannot read {damaged}: " in err
 
 
+def test_a_file_that_pillow_fails_on_in_any_way_is_named(capsys, photograph, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("Failed to decode image")  # as of a damaged AVIF
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    code, out, err = run(capsys, "predict", str(photograph))
+    assert (code, out) == (2, "")
+    assert err == f"timm-ulsam: error: cannot read {photograph}: Failed to decode image\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "cfg", "message"),
+    [
+        ({str(i): f"class-{i}" for i in reversed(range(12))}, {}, None),
+        (None, {"label_descriptions": ["a", "b"]}, "label_descriptions of the weights are a list; accepted: a dict"),
+        (None, {"interpolation": "nearest-ish"}, "cannot load {model}: unknown 'nearest-ish'"),
+    ],
+)
+def test_labels_and_transforms_of_other_peoples_weights(capsys, tmp_path, photograph, names, cfg, message):
+    model = timm.create_model("mobilenetv2_050", num_classes=12)
+    timm.models.save_for_hf(model, tmp_path / "plain", safe_serialization=True)
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["label_names"] = names or [f"class-{i}" for i in range(12)]
+    config.update({k: v for k, v in cfg.items() if k == "label_descriptions"})
+    config["pretrained_cfg"].update({k: v for k, v in cfg.items() if k == "interpolation"})
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    name = f"local-dir:{tmp_path / 'plain'}"
+    code, out, err = run(capsys, "predict", str(photograph), "--model", name, "--json")
+    if message:
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message.format(model=name) in err
+        return
+    from timm_ulsam.predict import class_names, load_model
+
+    assert code == 0
+    assert class_names(load_model(name)) == [(f"class-{i}", f"class-{i}") for i in range(12)]
+
+
+def test_an_interrupt_is_no_traceback(capsys, photograph, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("timm_ulsam.predict.read_image", interrupt)
+    assert run(capsys, "predict", str(photograph)) == (130, "", "")
+
+
 def test_what_weights_say_of_themselves_is_said(capsys, tmp_path, photograph):
     weights = tmp_path / "weights"
     shutil.copytree(REPO / "weights/mobilenetv2_ulsam.tin200", weights)

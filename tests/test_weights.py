@@ -232,6 +232,24 @@ def test_a_zoo_without_its_weights_folder_still_knows_the_models(tmp_path, pytho
     assert done.stdout.split() == ["200", f"timm-ulsam/{DEFAULT}"]
 
 
+def test_one_broken_folder_costs_its_class_names_and_no_model(tmp_path, python):
+    shutil.copytree(REPO / "weights", tmp_path / "weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    broken = tmp_path / "weights" / DEFAULT / "config.json"
+    broken.write_text(broken.read_text()[:100])
+    done = python(
+        "import timm; m = timm.create_model('mobilenetv2_ulsam'); s = timm.create_model('mobilenetv2_ulsam_s')\n"
+        "print(m.pretrained_cfg.get('label_names'), len(s.pretrained_cfg['label_names']))",
+        TIMM_ULSAM_WEIGHTS=str(tmp_path / "weights"),
+    )
+    assert done.stdout.split() == ["None", "200"]
+    assert f"{DEFAULT} goes without class names: cannot read {broken}" in done.stderr
+
+
+def test_a_folder_that_holds_no_weights_of_the_zoo_is_told(tmp_path, python):
+    done = python("import timm; timm.create_model('mobilenetv2_ulsam')", TIMM_ULSAM_WEIGHTS=str(tmp_path))
+    assert done.stderr.count(f"TIMM_ULSAM_WEIGHTS='{tmp_path}' holds no SHA256SUMS") == 1
+
+
 def test_weights_that_a_user_names_are_not_compared(tmp_path):
     model = timm.create_model("mobilenetv2_ulsam", pretrained=True)
     torch.nn.init.zeros_(model.classifier.bias)

@@ -224,7 +224,7 @@ def _publish(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 after one line on what was wrong with the input."""
+    """Run the command line; returns the exit code: 0, 2 after one line on what was wrong with the input, 130."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have letters that a terminal lacks
     args = _parser().parse_args(argv)
@@ -236,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130  # as a shell says of what an interrupt stopped
     except (InputError, KernelError, WeightsError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"timm-ulsam: error: {message}", file=sys.stderr)

@@ -1,8 +1,11 @@
 """Files that are read without running what they hold, and written whole or not at all."""
 
 import argparse
+import os
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +40,22 @@ def read_weights(path: Path) -> Any:
         raise WeightsError(f"{path} is not a whole checkpoint: {error}") from error
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a text file in UTF-8; until it is whole, the one before stays."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.part")
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A temporary file beside `file`, which takes its place at the end, and is gone where that is not reached.
+
+    Its name is no other process's, so that two may write the same file at once: one of the two stays, whole.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file in UTF-8; until it is whole, the one before stays."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import whole_file
 
 _SUFFIXES = (".jpg", ".pdf", ".png", ".svg", ".webp")
 
@@ -30,11 +31,8 @@ def write_figure(figure: Any, out: Path) -> None:
     Raises:
         InputError: If the file cannot be written. Nothing half-written stays then.
     """
-    temporary = out.with_name(f".{out.name}.part")
     try:
-        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=100)
-        temporary.replace(out)
+        with whole_file(out) as temporary:
+            figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=100)
     except (OSError, ValueError) as error:  # ValueError: larger than the format can be
         raise InputError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -63,11 +63,15 @@ def load_model(name: str) -> nn.Module:
         if not timm.is_model_pretrained(name):
             raise InputError(f"{name} without a tag has no weights; there are: {', '.join(with_weights)}")
     try:
-        return timm.create_model(name, pretrained=True).eval()
-    except WeightsError:
+        model = timm.create_model(name, pretrained=True).eval()
+        class_names(model)
+        create_transform(**resolve_model_data_config(model))
+    except (InputError, WeightsError):
         raise
     except Exception as error:  # whatever a name points to may be broken in any way
-        raise InputError(f"cannot load {name}: {error}") from error
+        why = f"unknown {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"cannot load {name}: {why}") from error
+    return model
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -81,8 +85,7 @@ def read_image(path: str | Path) -> Image.Image:
             return _upright(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image that Pillow can read") from error
-    # those of Python are of some damaged files
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file may fail anywhere
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -108,11 +111,19 @@ def demo_images() -> list[tuple[str, Image.Image]]:
 
 
 def class_names(model: nn.Module) -> list[tuple[str, str]]:
-    """Label and English description of every class, as the weights' card gives them; else ImageNet's, else numbers."""
+    """Label and English description of every class, as the weights' card gives them; else ImageNet's, else numbers.
+
+    Raises:
+        InputError: If the descriptions of the weights are not by label.
+    """
     cfg = model.pretrained_cfg
     labels = cfg.get("label_names")
+    if isinstance(labels, dict):  # by index, which JSON makes a string
+        labels = [labels[index] for index in sorted(labels, key=int)]
     if labels is not None and len(labels) == model.num_classes:
         descriptions = cfg.get("label_descriptions") or {}
+        if not isinstance(descriptions, dict):
+            raise InputError(f"label_descriptions of the weights are a {type(descriptions).__name__}; accepted: a dict")
         return [(label, descriptions.get(label, label)) for label in labels]
     subset = infer_imagenet_subset(model)
     if subset is not None:

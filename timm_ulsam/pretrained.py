@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -46,7 +47,14 @@ def weights_dir() -> Path:
 
 @cache  # what is meant does not change with the working directory
 def _absolute(named: str) -> Path:
-    return Path(named).expanduser().absolute()
+    folder = Path(named).expanduser().absolute()
+    if not (folder / _SUMS_FILE).is_file():
+        warnings.warn(
+            f"TIMM_ULSAM_WEIGHTS={named!r} holds no {_SUMS_FILE}, so no weights of the zoo are found there; it should "
+            "name the folder weights/ of a clone",
+            stacklevel=3,
+        )
+    return folder
 
 
 @cache
@@ -70,10 +78,14 @@ def weights_cfg(name: str) -> dict[str, Any]:
     cfg: dict[str, Any] = {"hf_hub_id": f"{HUB_ORG}/{name}"}
     if (folder / WEIGHTS_FILE).is_file():
         cfg["file"] = str(folder / WEIGHTS_FILE)
-    if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        cfg["label_names"] = tuple(config["label_names"])
-        cfg["label_descriptions"] = config["label_descriptions"]
+    config_file = folder / "config.json"
+    if config_file.is_file():
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            cfg |= {"label_names": tuple(config["label_names"]), "label_descriptions": config["label_descriptions"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # one broken folder must not keep timm from knowing the models
+            warnings.warn(f"{name} goes without class names: cannot read {config_file}: {error!r}", stacklevel=2)
     return cfg
 
 
@@ -152,7 +164,7 @@ def checked_cfg(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> "P
             no safetensors file, or would run code when it is read.
     """
     name = f"{cfg.architecture}.{cfg.tag}"
-    if cfg.state_dict:
+    if cfg.state_dict and cfg.source not in ("hf-hub", "local-dir"):  # there timm does not look at it
         return cfg
     if cfg.file and cfg.source != "hf-hub":
         file = Path(cfg.file)
@@ -182,13 +194,15 @@ def downloads_explained(cfg: "PretrainedCfg") -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         repository, file = cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE
         is_own = _own_weights(repository.partition("@")[0]) is not None
+        response = getattr(error, "response", None)
+        answered = "" if response is None else f", the Hub answered {response.status_code}"
         clone = " A clone of timm-ulsam has them: set TIMM_ULSAM_WEIGHTS to its weights/." if is_own else ""
         raise WeightsError(
             f"the weights of {cfg.architecture}.{cfg.tag} are {file} of the Hub repository {repository}, which is "
-            f"neither in the local cache nor could be downloaded ({type(error).__name__}). Build the model once with "
-            f"access to {ENDPOINT} and without HF_HUB_OFFLINE, which caches it; or run `hf download {repository} "
-            f"{file}` elsewhere and name the copy: pretrained_cfg_overlay=dict(file=PATH), or --pretrained-path PATH."
-            f"{clone}"
+            f"neither in the local cache nor could be downloaded ({type(error).__name__}{answered}). Build the model "
+            f"once with access to {ENDPOINT} and without HF_HUB_OFFLINE, which caches it; or run `hf download "
+            f"{repository} {file}` elsewhere and name the copy: pretrained_cfg_overlay=dict(file=PATH), or "
+            f"--pretrained-path PATH.{clone}"
         ) from error
 
 
