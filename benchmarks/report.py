@@ -254,7 +254,8 @@ def _machine(report: Result, device: str) -> str:
     packages = {"torch": "PyTorch", "timm": "timm"}
     packages |= {"triton": "Triton"} if device == "gpu" else {"onnxruntime": "ONNX Runtime"}
     software = [f"{name} {v[key]}" for key, name in packages.items() if v[key]]
-    text = f"{where}; {', '.join(software)}; {report['date']}"
+    commit, _, changes = (v["commit"] or "unknown").partition("+")
+    text = f"{where}; {', '.join(software)}; commit {commit[:7]}{' with changes' if changes else ''}, {report['date']}"
     if device == "cpu" and (report["load"] or 0) > 0.5:
         text += f"; load average of the minute before: {report['load']}"
     if report["quick"] or not report["complete"]:
