@@ -55,6 +55,12 @@ def test_the_speed_of_the_systems_is_current():
     assert section in page, "replace it by what `python -m benchmarks --markdown benchmarks/results/*.json` prints last"
 
 
+def test_the_layer_keeps_a_fifth_of_what_the_published_one_keeps_for_its_backward_pass():
+    x = torch.randn(2, 32, 14, 14)
+    ours, published = ULSAM(32, 4), published_layer(x, 4).train()
+    assert layer.saved_bytes(ours, x) <= 0.2 * layer.saved_bytes(published, x)
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("name", ["ulsam_c32_g1", "ulsam_c64_g16"])
 def test_the_module_measured_against_is_the_published_one(name, mode):

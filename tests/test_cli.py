@@ -77,6 +77,11 @@ def test_demo_names_what_is_in_the_photographs_and_draws_where_it_looked(capsys,
     lines = text.splitlines()
     assert [lines[0], lines[6], lines[12]] == ["chelsea.png", "coffee.png", "rocket.jpg"]
     assert all("%" in line for line in lines[1:6])
+    # as the README says
+    assert lines[3].endswith("Egyptian cat")
+    assert lines[7].endswith("espresso")
+    first, second, third = (line.split("%", 1)[1] for line in lines[13:16])
+    assert ("fountain" in first, "obelisk" in second, "missile" in third) == (True, True, True)
     with Image.open(out) as picture:
         assert picture.width > picture.height  # nine panels wide, three photographs high
     assert [p.name for p in tmp_path.iterdir()] == ["attention.png"]

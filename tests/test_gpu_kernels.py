@@ -13,6 +13,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+from timm_ulsam import ULSAM
 from timm_ulsam.ops import reference
 from timm_ulsam.ops.reference import Norm
 
@@ -181,6 +182,24 @@ def test_parameters_may_be_slices_and_the_map_scale_expanded(training):
         y = gpu.ulsam(x, *(p[n] for n in WEIGHTS[:2]), norms[0], *(p[n] for n in WEIGHTS[2:]), norms[1], s)
         results.append([y, *torch.autograd.grad(y.square().sum(), learned), *(p[n] for n in RUNNING)])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_the_layer_runs_them(monkeypatch):
+    monkeypatch.setenv("TIMM_ULSAM_KERNEL", "triton")
+    ran, function = [], gpu.ulsam
+    monkeypatch.setattr(gpu, "ulsam", lambda *args: ran.append(1) or function(*args))
+    layer, x = ULSAM(8, 2, device=DEVICE), tensor(2, 8, 4, 5)
+    found = layer(x)
+    found.square().sum().backward()
+    gradients = [p.grad.clone() for p in layer.parameters()]
+    assert ran == [1]
+    monkeypatch.setenv("TIMM_ULSAM_KERNEL", "reference")
+    layer.zero_grad()
+    expected = layer(x)
+    expected.square().sum().backward()
+    assert ran == [1]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, [p.grad for p in layer.parameters()], rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_any_strides():

@@ -186,9 +186,14 @@ def test_an_unknown_feature_location_is_refused():
         timm.create_model("mobilenetv2_ulsam", features_only=True, feature_location="depthwise")
 
 
+_PLACE = {12: "4.1", 13: "4.2", 16: "5.2"}  # timm's stage and block in it
+
+
 def test_blocks_may_be_any_collection_of_integers():
     for blocks in ({13, 16}, np.array([13, 16]), range(12, 14)):
-        timm.create_model("mobilenetv2_ulsam", replace_blocks=blocks, device="meta")
+        model = timm.create_model("mobilenetv2_ulsam", replace_blocks=blocks, device="meta")
+        places = {name for name, module in model.named_modules() if isinstance(module, ULSAM)}
+        assert places == {f"blocks.{_PLACE[block]}" for block in blocks}
 
 
 def test_the_normalization_may_be_named_as_for_timms_models():

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -361,6 +362,13 @@ def test_the_cpu_version_runs_on_the_cpu(ran):
     assert ran == ["cpu"]
 
 
+def test_the_compiled_version_is_what_is_compiled(ran):
+    layer, x = ULSAM(8, 2).eval(), torch.randn(2, 8, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x), layer(x))
+    assert ran == ["compiled", "cpu"]
+
+
 def test_the_environment_forces_the_plain_version(ran, monkeypatch):
     monkeypatch.setenv("TIMM_ULSAM_KERNEL", "reference")
     ULSAM(8, 2)(torch.randn(2, 8, 4, 4))
@@ -389,10 +397,11 @@ def test_kernels_that_are_missing_are_refused_and_say_why(monkeypatch):
 
 @pytest.fixture
 def fresh_dispatch():
-    for function in (dispatch._gpu_missing, dispatch._has_kernels):
+    cached = dispatch._gpu_missing, dispatch._has_kernels
+    for function in cached:
         function.cache_clear()
     yield
-    for function in (dispatch._gpu_missing, dispatch._has_kernels):
+    for function in cached:
         function.cache_clear()
 
 
@@ -405,11 +414,16 @@ def test_a_gpu_without_what_launches_kernels_runs_the_plain_version(fresh_dispat
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "check_launcher", fail)
-    with pytest.warns(UserWarning, match="ULSAM runs without its GPU kernels.* Failed to find C compiler"):
-        assert "Failed to find C compiler" in dispatch._gpu_missing()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_gpu = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0), dtype=torch.float32)
+    with pytest.warns(UserWarning, match=r"ULSAM runs without its GPU kernels.* Failed to find C compiler"):
+        assert not dispatch._takes_kernels(on_gpu)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert dispatch._gpu_missing()  # said once
+        warnings.simplefilter("error")  # said once
+        assert not dispatch._takes_kernels(on_gpu)
+    monkeypatch.setattr(gpu, "check_launcher", lambda: None)
+    dispatch._gpu_missing.cache_clear()
+    assert dispatch._takes_kernels(on_gpu)
 
 
 @pytest.mark.parametrize(
@@ -419,8 +433,13 @@ def test_a_gpu_without_what_launches_kernels_runs_the_plain_version(fresh_dispat
 def test_kernels_run_where_the_gpu_has_their_instructions(capability, dtypes, fresh_dispatch, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    of_all = torch.float32, torch.float16, torch.bfloat16
-    assert [dtype for dtype in of_all if dispatch._has_kernels(0, dtype)] == dtypes
+    monkeypatch.setattr(dispatch, "_gpu_missing", lambda: "")
+    found = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0), dtype=dtype)
+        if dispatch._takes_kernels(x):
+            found.append(dtype)
+    assert found == dtypes
 
 
 def test_one_value_for_each_channel_is_refused_as_by_batch_norm():

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from timm_ulsam.files import read_weights
+
 SCRIPTS = os.environ.get("TIMM_SCRIPTS")
 pytestmark = pytest.mark.skipif(not SCRIPTS, reason="TIMM_SCRIPTS does not name a checkout of pytorch-image-models")
 
@@ -115,7 +117,9 @@ def test_model_kwargs_reach_the_constructor(images, tmp_path):
         cwd=tmp_path,
     )
     # fmt: on
-    assert (tmp_path / "run" / "last.pth.tar").exists()
+    state = read_weights(tmp_path / "run" / "last.pth.tar")["state_dict"]
+    for place in ("blocks.4.1", "blocks.4.2", "blocks.5.2_ulsam"):
+        assert len(state[f"{place}.bn_pw.weight"]) == 8
 
 
 def test_validate_benchmark_inference_and_export_the_pretrained_model(images, tmp_path):

@@ -78,7 +78,7 @@ def ulsam(
         return onnx.ulsam(*args)
     if _must_stay_plain(x):
         return reference.ulsam(*args)
-    if kernel == "triton" or (x.is_cuda and _has_kernels(x.device.index, x.dtype) and not _gpu_missing()):
+    if kernel == "triton" or _takes_kernels(x):
         return _on_gpu(*args)
     if torch.compiler.is_compiling():
         return compiled.ulsam(*args)
@@ -86,6 +86,10 @@ def ulsam(
     if x.device.type == "cpu" and (x.dtype == dtype or x.dtype in _HALF) and dtype in (torch.float32, torch.float64):
         return _on_cpu(*args)
     return reference.ulsam(*args)
+
+
+def _takes_kernels(x: torch.Tensor) -> bool:
+    return x.is_cuda and _has_kernels(x.device.index, x.dtype) and not _gpu_missing()
 
 
 def _must_stay_plain(x: torch.Tensor) -> bool:
