@@ -1,12 +1,14 @@
 """The GPU's kernels against the plain version in float64: on the GPU if there is one, else in Triton's interpreter.
 
 Triton decides at import whether it interprets, and code compiled by PyTorch needs it not to: without a GPU the tests
-run in a process of their own. To see one fail there: `TRITON_INTERPRET=1 pytest tests/test_gpu_kernels.py -k name`.
+run in a process of their own, and another compiles the kernels, which the interpreter does not. To see one fail there:
+`TRITON_INTERPRET=1 pytest tests/test_gpu_kernels.py -k name`.
 """
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -408,3 +410,13 @@ if not HERE:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             pytest.fail(done.stdout + done.stderr, pytrace=False)
+
+    @pytest.mark.parametrize("capability", ["80", "90"])
+    def test_kernels_compile_to_machine_code(capability, tmp_path):
+        command = [sys.executable, str(Path(__file__).with_name("gpu_compiler.py")), capability]
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.fail(done.stdout + done.stderr, pytrace=False)
+        kernels = "attend fused input_gradient map_gradient merge_statistics parameter_gradient score statistics"
+        assert done.stdout.split() == [f"{name}_kernel" for name in kernels.split()]
