@@ -70,8 +70,10 @@ def compile_all(dtype: torch.dtype, memory_format: torch.memory_format, training
 
 
 if __name__ == "__main__":
-    driver.set_active(NoGPU(int(sys.argv[1])))
+    capability = int(sys.argv[1])
+    driver.set_active(NoGPU(capability))
     gpu.wrap_triton = Compiler
     compile_all(torch.float32, torch.contiguous_format, training=True)
-    compile_all(torch.bfloat16, torch.channels_last, training=False)
+    half = torch.bfloat16 if capability >= 80 else torch.float16
+    compile_all(half, torch.channels_last, training=False)
     print(*sorted(compiled))

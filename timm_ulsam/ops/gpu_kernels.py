@@ -16,6 +16,8 @@ Arithmetic is in float32 whatever the dtype of x. What all kernels have in commo
 - Offsets inside a sample are 32 bits wide, those of samples 64.
 """
 
+import threading
+
 import triton
 import triton.language as tl
 
@@ -38,7 +40,27 @@ def tuned(*num_warps: int, key: tuple[str, ...] = ("K", "H", "W", "stride_c"), o
     """Choose among warps and options by timing, once for each of `key` and the dtypes of the arguments."""
     if INTERPRETED:
         return lambda kernel: kernel
-    return triton.autotune([triton.Config(o, num_warps=n) for o in options for n in num_warps], key=list(key))
+    tune = triton.autotune([triton.Config(o, num_warps=n) for o in options for n in num_warps], key=list(key))
+
+    def one_at_a_time(kernel):
+        tuner = tune(kernel)
+        tuner.__class__ = OneAtATime
+        return tuner
+
+    return one_at_a_time
+
+
+class OneAtATime(triton.runtime.Autotuner):
+    """Triton's autotuner for many threads, as of `nn.DataParallel`: it keeps the arguments of a launch on itself.
+
+    See https://github.com/triton-lang/triton/issues/11494.
+    """
+
+    lock = threading.RLock()
+
+    def run(self, *args, **kwargs):
+        with self.lock:
+            return super().run(*args, **kwargs)
 
 
 @triton.jit
