@@ -102,7 +102,7 @@ def test_the_tag_says_that_it_is_no_classifier_of_its_own(name):
         ("mobilenetv2_ulsam_s", "tin200"),
         ("mobilenetv2_ulsam_l", "ra_in1k_init"),
         ("mobilenetv2_ulsam_050", "untrained"),
-        ("mobilenetv1_ulsam", "untrained"),
+        ("mobilenetv1_ulsam", "tin200"),
     ],
 )
 def test_what_a_name_without_a_tag_means(name, tag):

@@ -226,6 +226,7 @@ default_cfgs = generate_default_cfgs(
         "mobilenetv2_ulsam_l.untrained": _cfg(),
         "mobilenetv2_ulsam_050.lamb_in1k_init": _cfg(**init_cfg("mobilenetv2_050.lamb_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_050.untrained*": _cfg(),
+        "mobilenetv1_ulsam.tin200": _trained_cfg("mobilenetv1_ulsam.tin200", 200, 64),
         "mobilenetv1_ulsam.ra4_e3600_r224_in1k_init": _cfg(
             mean=IMAGENET_INCEPTION_MEAN,
             std=IMAGENET_INCEPTION_STD,
@@ -233,7 +234,6 @@ default_cfgs = generate_default_cfgs(
             test_crop_pct=0.95,
             **init_cfg("mobilenetv1_100.ra4_e3600_r224_in1k", "block 11"),
         ),
-        "mobilenetv1_ulsam.untrained*": _cfg(),
         "mobilenetv1_ulsam_075.untrained": _cfg(),
         "mobilenetv1_ulsam_050.untrained": _cfg(),
     }
