@@ -139,9 +139,13 @@ def build(options: Options, *, how: How, device: str, batch: int, channels_last:
     x = torch.randn(batch, 3, _SIZE, _SIZE, generator=generator).to(device, memory_format=memory_format)
     if how == "train":
         target = torch.randint(_CLASSES, (batch,), generator=generator).to(device)
+        checked = nets[OURS], x, target
+        if device == "cpu":
+            # in float32 rounding alone may move the gradient of the first layer by more than the tolerance
+            checked = copy.deepcopy(nets[OURS]).double(), x.double(), target
         with _plainly():
-            expected = _stem_gradient(nets[OURS], x, target)
-        agree(f"the gradient of {OURS}", _stem_gradient(nets[OURS], x, target), expected, device)
+            expected = _stem_gradient(*checked)
+        agree(f"the gradient of {OURS}", _stem_gradient(*checked), expected, device)
         steps: dict[str, Run] = {name: TrainingStep(model, x, target) for name, model in nets.items()}
         memory = {name: {"peak_bytes": peak_bytes(step)} for name, step in steps.items()} if x.is_cuda else {}
         return Case(steps, memory=memory, note=note)
