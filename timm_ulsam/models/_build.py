@@ -74,12 +74,9 @@ def renamed(state_dict: dict[str, torch.Tensor], rules: Iterable[tuple[str, str]
     return {new(key): value for key, value in state_dict.items()}
 
 
-def among(state_dict: dict[str, torch.Tensor], *prefixes: str) -> tuple[str, ...]:
-    """Those of the beginnings under which a state dict holds something."""
-    return tuple(prefix for prefix in prefixes if any(key.startswith(prefix) for key in state_dict))
-
-
-def check_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, adapted: Iterable[str] = ()) -> None:
+def check_fits(
+    state_dict: dict[str, torch.Tensor], model: nn.Module, adapted: Iterable[str] = (), reshaped: Iterable[str] = ()
+) -> None:
     """Refuse a converted checkpoint that is not of this model.
 
     timm loads what fits, and no more, as soon as a head is adapted; a checkpoint of something else must not pass so.
@@ -87,13 +84,14 @@ def check_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, adapted: I
     Args:
         state_dict: Converted to the model's keys.
         model: To be loaded.
-        adapted: Beginnings of keys that timm adapts afterwards (first convolution, classifier): what begins so may be
-            missing, and of another shape. A first convolution may not be missing: give it only where it is (`among`).
+        adapted: Beginnings of keys that timm adapts afterwards and may do without (classifier): may be missing, and of
+            other shapes.
+        reshaped: Beginnings of keys that it adapts but needs (first convolution): may be of other shapes.
 
     Raises:
         RuntimeError: Names all keys that are missing, unexpected, or of another shape, with both shapes.
     """
-    adapted = tuple(adapted)
+    adapted, reshaped = tuple(adapted), tuple(reshaped)
     own = model.state_dict()
     found = {k: tuple(v.shape) for k, v in state_dict.items() if not k.startswith(adapted)}
     needed = {k: tuple(v.shape) for k, v in own.items() if not k.startswith(adapted)}
@@ -105,6 +103,7 @@ def check_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, adapted: I
         problems.append(f"missing: {', '.join(missing)}")
     if unexpected:
         problems.append(f"unexpected: {', '.join(unexpected)}")
-    problems += [f"{k} is {found[k]}, accepted is {needed[k]}" for k in needed if k in found and found[k] != needed[k]]
+    compared = [k for k in needed if k in found and not k.startswith(reshaped)]
+    problems += [f"{k} is {found[k]}, accepted is {needed[k]}" for k in compared if found[k] != needed[k]]
     if problems:
         raise RuntimeError(f"this checkpoint is not one of {type(model).__name__}: {'; '.join(problems)}")

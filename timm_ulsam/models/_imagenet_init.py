@@ -15,7 +15,7 @@ from torch import nn
 
 from ..layers.ulsam import ULSAM
 from ..pretrained import WEIGHTS_FILE
-from ._build import among, check_fits
+from ._build import check_fits
 
 INIT_SUFFIX = "_init"
 _FIRST_CONV = {DepthwiseSeparableConv: "conv_dw", InvertedResidual: "conv_pw"}
@@ -62,7 +62,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     dropped = ulsams if hasattr(model, "classifier") else (*ulsams, *_HEAD)
     converted = {key: value for key, value in state_dict.items() if not key.startswith(dropped)}
     converted.update({key: value for key, value in model.state_dict().items() if key.startswith(ulsams)})
-    check_fits(converted, model, (*among(converted, "conv_stem."), "classifier."))
+    check_fits(converted, model, ["classifier."], reshaped=["conv_stem."])
     for prefix in ulsams:
         # Scale 0 makes the maps uniform. Shift 1 lets gradients through: at 0 the ReLU behind would stop them for ever.
         weight, bias = f"{prefix}bn_pw.weight", f"{prefix}bn_pw.bias"

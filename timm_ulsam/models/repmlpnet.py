@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers._checks import is_positive
 from ..layers.rep_mlp import RepMLPBlock, check_partitions
-from ._build import among, build_model, check_fits, imagenet_cfg, renamed, unwrapped
+from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
 from ._repmlpnet_blocks import RepMLPNetStage
 
 __all__ = ["RepMLPNet"]
@@ -301,7 +301,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RepMLPNet) -> dict[s
     for name, module in model.named_modules():
         if isinstance(module, RepMLPBlock):
             module.fold_as(state_dict, f"{name}.")
-    check_fits(state_dict, model, (*among(state_dict, "stem.conv."), "head."))
+    check_fits(state_dict, model, ["head."], reshaped=["stem.conv."])
     return state_dict
 
 

@@ -12,7 +12,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers.ps_conv import PSConv2d
-from ._build import among, build_model, check_fits, imagenet_cfg, unwrapped
+from ._build import build_model, check_fits, imagenet_cfg, unwrapped
 
 __all__ = ["ResNetPSConv"]
 
@@ -60,7 +60,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     for name, module in model.named_modules():
         if isinstance(module, PSConv2d):
             module.fold_as(state_dict, f"{name}.")
-    check_fits(state_dict, model, (*among(state_dict, "conv1."), "fc."))
+    check_fits(state_dict, model, ["fc."], reshaped=["conv1."])
     return state_dict
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..layers._checks import is_positive
 from ..layers.conv_bn import ConvBN
 from ..layers.rep_mlp_v1 import RepMLP
-from ._build import among, build_model, check_fits, imagenet_cfg, renamed, unwrapped
+from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
 
 __all__ = ["RepMLPResNet"]
 
@@ -249,7 +249,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: RepMLPResNet) -> dic
     for name, module in model.named_modules():
         if isinstance(module, ConvBN | RepMLP):
             module.fold_as(state_dict, f"{name}.")
-    check_fits(state_dict, model, (*among(state_dict, "conv1.conv.weight"), "fc."))
+    check_fits(state_dict, model, ["fc."], reshaped=["conv1.conv.weight"])
     return state_dict
 
 

@@ -11,7 +11,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers.shuffle_attention import ShuffleAttention
-from ._build import among, build_model, check_fits, imagenet_cfg, renamed, unwrapped
+from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
 
 __all__ = []
 
@@ -23,7 +23,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         RuntimeError: If it does not fit; names all keys and shapes.
     """
     state_dict = renamed(unwrapped(state_dict), [(r"\.sa\.", ".se.")])
-    check_fits(state_dict, model, (*among(state_dict, "conv1."), "fc."))
+    check_fits(state_dict, model, ["fc."], reshaped=["conv1."])
     return state_dict
 
 

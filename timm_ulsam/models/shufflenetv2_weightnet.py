@@ -20,7 +20,7 @@ from torch import nn
 
 from ..layers._checks import check_positive, is_positive
 from ..layers.weight_net import PooledCondition, WeightNet
-from ._build import among, build_model, check_fits, imagenet_cfg, renamed, unwrapped
+from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
 
 __all__ = ["ShuffleNetV2"]
 
@@ -370,7 +370,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     state_dict = renamed({k: torch.as_tensor(v) for k, v in state_dict.items()}, _published_names(model.stages))
     own = model.state_dict()
     state_dict = {k: _pytorch_layout(v, own.get(k)) for k, v in state_dict.items()}
-    check_fits(state_dict, model, (*among(state_dict, "stem.conv."), "classifier."))
+    check_fits(state_dict, model, ["classifier."], reshaped=["stem.conv."])
     return state_dict
 
 
