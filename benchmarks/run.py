@@ -1,11 +1,9 @@
 """Measure rows, and keep what came out as JSON."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 import timm_ulsam
+from timm_ulsam.files import write_text
 
 from .rows import Case, Comparison, Disagreement, Figure, Options, Row
 from .timing import CudaEvents, Samples, measure, settle_allocator, spread, wall_clock
@@ -178,22 +177,7 @@ def _commit(folder: Path) -> str | None:
 
 def write(path: Path, content: Result) -> None:
     """Write JSON: to a temporary name first, so that no half of it can ever be read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.close()
-            # a temporary file is its owner's alone, results are everybody's
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(file.name).chmod(0o666 & ~umask)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read(path: Path) -> Result:
