@@ -371,6 +371,20 @@ def test_a_strided_kernel_of_one_position_folds_too(channels):
     assert_close(layer(x), expected, 1e-12)
 
 
+@pytest.mark.parametrize("groups", [1, 6])
+def test_inner_norms_of_a_strided_kernel_of_one_position_see_all_positions(groups):
+    layer = DiverseBranchBlock(6, 6, 1, 2, groups=groups, dtype=torch.float64)
+    x = torch.randn(2, 6, 9, 7, dtype=torch.float64)
+    layer(x)
+    average, sequence = layer.dbb_avg, layer.dbb_1x1_kxk
+    inner = [] if average.conv is None else [(average.bn.bn, average.conv)]
+    first = sequence.conv1 if sequence.idconv1 is None else sequence.idconv1
+    for norm, conv in [*inner, (sequence.bn1.bn, first)]:
+        assert_close(norm.running_mean, 0.1 * conv(x).mean((0, 2, 3)), 1e-12)
+    origin = layer.dbb_origin
+    assert_close(origin.bn.running_mean, 0.1 * origin.conv(x[:, :, ::2, ::2]).mean((0, 2, 3)), 1e-12)
+
+
 def test_a_frozen_layer_stays_frozen_when_it_is_folded():
     layer = make().eval().requires_grad_(False)
     folded = timm.utils.model.reparameterize_model(layer)

@@ -61,6 +61,11 @@ def centred_geometry(conv: nn.Conv2d) -> dict[str, int]:
     )
 
 
+def every(x: torch.Tensor, step: int) -> torch.Tensor:
+    """Every `step`-th row and column, beginning with the first."""
+    return x if step == 1 else x[:, :, ::step, ::step]
+
+
 class ConvBN(nn.Module):
     """A convolution without bias and a batch norm; after `reparameterize()` one convolution with bias.
 
@@ -124,9 +129,7 @@ class ConvBN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)
-        if self.step > 1:
-            x = x[:, :, :: self.step, :: self.step]
-        return self.bn(self.conv(x))
+        return self.bn(self.conv(every(x, self.step)))
 
     def can_fold(self) -> bool:
         """Whether both parts still are what was built here, or something that computes as they do."""

@@ -14,7 +14,7 @@ from torch import nn
 from ._activation import ActLayer, create_act
 from ._checks import check_input, check_positive
 from ._folding import Kernel, double, folded, folded_conv, has_hooks, is_foldable, is_plain
-from .conv_bn import ConvBN, centred_geometry, check_sizes
+from .conv_bn import ConvBN, centred_geometry, check_sizes, every
 from .replace import trained_as
 
 torch.fx.wrap("check_input")
@@ -114,10 +114,12 @@ class AverageBranch(nn.Module):
         self,
         conv: nn.Conv2d,
         depthwise: bool,
+        step: int,
         norm_layer: Callable[..., nn.Module],
         **dd: Any,
     ) -> None:
         super().__init__()
+        self.step = step
         self.kernel_size, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         self.dilation, self.channels = conv.dilation[0], conv.out_channels
         self.conv = self.bn = None
@@ -135,9 +137,9 @@ class AverageBranch(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.conv is None or self.bn is None:
-            return self.avgbn(self._average(x))
+            return self.avgbn(self._average(every(x, self.step)))
         y, border = self.bn(self.conv(x))
-        return self.avgbn(self._average(y) + border[:, None, None])
+        return self.avgbn(self._average(every(y, self.step)) + border[:, None, None])
 
     def can_fold(self) -> bool:
         first_folds = self.conv is None or (is_plain(self.conv) and is_foldable(self.bn.bn))
@@ -162,10 +164,12 @@ class SequentialBranch(nn.Module):
         self,
         conv: nn.Conv2d,
         internal_channels: int,
+        step: int,
         norm_layer: Callable[..., nn.Module],
         **dd: Any,
     ) -> None:
         super().__init__()
+        self.step = step
         groups = conv.groups
         self.idconv1 = self.conv1 = None
         if internal_channels == conv.in_channels:
@@ -184,6 +188,7 @@ class SequentialBranch(nn.Module):
         elif self.conv1 is not None:
             x = self.conv1(x)
         x, border = self.bn1(x)
+        x = every(x, self.step)
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
             if not is_plain(self.conv2):
                 padded = F.pad(x, [self.padding] * 4) + border[:, None, None]
@@ -277,18 +282,18 @@ class DiverseBranchBlock(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
 
-        # all branches of a 1x1 kernel see every stride-th position alone, which are taken once, before them
+        # as ConvBN: a strided 1x1 convolution is none, but positions left out before it; inner batch norms see them all
         self.step = stride if kernel_size == 1 else 1
         stride //= self.step
         geometry = kernel_size, stride, centred, dilation, groups
         self.dbb_reparam = None
         self.dbb_origin = ConvBN(in_channels, out_channels, *geometry, norm_layer=norm_layer, **dd)
-        self.dbb_avg = AverageBranch(self.dbb_origin.conv, depthwise, norm_layer, **dd)
+        self.dbb_avg = AverageBranch(self.dbb_origin.conv, depthwise, self.step, norm_layer, **dd)
         self.dbb_1x1 = None
         if not depthwise:
             pointwise = 1, stride, 0, 1, groups
             self.dbb_1x1 = ConvBN(in_channels, out_channels, *pointwise, norm_layer=norm_layer, **dd)
-        self.dbb_1x1_kxk = SequentialBranch(self.dbb_origin.conv, internal_channels, norm_layer, **dd)
+        self.dbb_1x1_kxk = SequentialBranch(self.dbb_origin.conv, internal_channels, self.step, norm_layer, **dd)
         self.act = nn.Identity() if act_layer is None else create_act(act_layer)
 
     @classmethod
@@ -332,14 +337,13 @@ class DiverseBranchBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_channels)
-        if self.step > 1:
-            x = x[:, :, :: self.step, :: self.step]
+        kept = every(x, self.step)
         if self.dbb_reparam is not None:
-            y = self.dbb_reparam(x)
+            y = self.dbb_reparam(kept)
         else:
-            y = self.dbb_origin(x) + self.dbb_avg(x)
+            y = self.dbb_origin(kept) + self.dbb_avg(x)
             if self.dbb_1x1 is not None:
-                y += self.dbb_1x1(x)
+                y += self.dbb_1x1(kept)
             y += self.dbb_1x1_kxk(x)
         return self.act(y)
 
