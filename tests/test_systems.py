@@ -34,6 +34,15 @@ def test_the_network_without_the_system_is_another_one(name):
     assert plain_cost(name).parameters != trained_cost(name).parameters
 
 
+def test_what_makes_depthwise_kernels_is_counted():
+    # the authors' 41 M (github.com/megvii-model/WeightNet)
+    assert trained_cost("shufflenetv2_050_weightnet").macs == 40_704_040
+    # DO-Conv: a number of D for every multiplication in depthwise layers, in the stem each for all of its 32 kernels
+    convs = [m for m in timm.create_model("mobilenetv2_doconv").modules() if isinstance(m, layers.DOConv2d)]
+    made = sum(m.D.numel() * (1 if m.depthwise else m.out_channels) for m in convs if m.D is not None)
+    assert trained_cost("mobilenetv2_doconv").macs - plain_cost("mobilenetv2_doconv").macs == made == 585_792
+
+
 def test_the_page_of_systems_is_current():
     for table in (systems_table(), costs_table()):
         assert table in DOCS, "replace its tables by what `timm-ulsam list --systems` prints"

@@ -5,6 +5,8 @@ Papers:
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 * `MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications`
   - https://arxiv.org/abs/1704.04861
+
+Untrained, residual branches start at zero, as in timm's ResNet; the authors' do not: `zero_init_last=False`.
 """
 
 from collections.abc import Callable

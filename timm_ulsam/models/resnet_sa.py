@@ -1,5 +1,7 @@
 """ResNets with Shuffle Attention at the end of every residual branch (SA-Net).
 
+Untrained, residual branches start at zero, as in timm's ResNet; the authors' do not: `zero_init_last=False`.
+
 Paper: `SA-Net: Shuffle Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2102.00240
 """
 

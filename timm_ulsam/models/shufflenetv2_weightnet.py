@@ -361,7 +361,7 @@ def _pytorch_layout(value: torch.Tensor, own: torch.Tensor | None) -> torch.Tens
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """A checkpoint of the authors, in MegEngine's layout or PyTorch's, as state dict of the model; ours as it is.
 
-    The authors' test script feeds images with values from 0 to 255, no mean subtracted: timm's transforms do not.
+    The authors' test script feeds BGR images with values from 0 to 255, no mean subtracted: timm's transforms do not.
 
     Raises:
         RuntimeError: If it is not one of this model; names keys and shapes.
@@ -412,20 +412,20 @@ def shufflenetv2_050_weightnet(pretrained: bool = False, **kwargs: Any) -> Shuff
 
 @register_model
 def shufflenetv2_100_weightnet(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
-    """ShuffleNetV2 1.0x with WeightNet (M = G = 2): 2.4 M parameters, 138 M multiply-adds."""
+    """ShuffleNetV2 1.0x with WeightNet (M = G = 2): 2.4 M parameters, 139 M multiply-adds."""
     model_args = dict(channels=(24, 112, 224, 448))
     return _create_shufflenetv2("shufflenetv2_100_weightnet", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def shufflenetv2_150_weightnet(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
-    """ShuffleNetV2 1.5x with WeightNet (M = G = 2): 3.9 M parameters, 299 M multiply-adds."""
+    """ShuffleNetV2 1.5x with WeightNet (M = G = 2): 3.9 M parameters, 301 M multiply-adds."""
     model_args = dict(channels=(24, 176, 352, 704))
     return _create_shufflenetv2("shufflenetv2_150_weightnet", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def shufflenetv2_200_weightnet(pretrained: bool = False, **kwargs: Any) -> ShuffleNetV2:
-    """ShuffleNetV2 2.0x with WeightNet (M = G = 2), dropout 0.2: 6.2 M parameters, 558 M multiply-adds."""
+    """ShuffleNetV2 2.0x with WeightNet (M = G = 2), dropout 0.2: 6.2 M parameters, 561 M multiply-adds."""
     model_args = dict(channels=(24, 248, 496, 992), drop_rate=0.2)
     return _create_shufflenetv2("shufflenetv2_200_weightnet", pretrained, **dict(model_args, **kwargs))

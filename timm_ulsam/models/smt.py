@@ -269,7 +269,7 @@ _PUBLISHED_NAMES = (
     *((rf"^patch_embed{i + 1}\.", f"stages.{i}.downsample.") for i in range(1, 4)),
     *((rf"^block{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
     *((rf"^norm{i + 1}\.", f"stages.{i}.norm.") for i in range(4)),
-    *((rf"\.local_conv_{i + 1}\.", f".local_convs.{i}.") for i in range(4)),
+    *((rf"\.local_conv_{i + 1}\.", f".local_convs.{i}.") for i in range(64)),  # more heads than any model has
     (r"\.attn\.dw_conv\.", ".attn.local_conv."),  # its name in one revision of the published code
     (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"\bgamma_(\d)$", r"ls\1.gamma"),
