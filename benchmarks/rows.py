@@ -19,7 +19,7 @@ class Disagreement(Exception):
 
 
 class Figure(NamedTuple):
-    """A compared figure: the one of the medians, the quartiles of those of the single rounds."""
+    """A compared figure: median and quartiles of those of the single rounds."""
 
     value: float
     lower: float
