@@ -227,6 +227,7 @@ default_cfgs = generate_default_cfgs(
         "mobilenetv2_ulsam_050.lamb_in1k_init": _cfg(**init_cfg("mobilenetv2_050.lamb_in1k", "blocks 13 and 16")),
         "mobilenetv2_ulsam_050.untrained*": _cfg(),
         "mobilenetv1_ulsam.tin200": _trained_cfg("mobilenetv1_ulsam.tin200", 200, 64),
+        "mobilenetv1_ulsam.tin200_ft_grocery81": _trained_cfg("mobilenetv1_ulsam.tin200_ft_grocery81", 81, 96),
         "mobilenetv1_ulsam.ra4_e3600_r224_in1k_init": _cfg(
             mean=IMAGENET_INCEPTION_MEAN,
             std=IMAGENET_INCEPTION_STD,
