@@ -233,7 +233,7 @@ def test_batch_norm_settings_reach_every_norm():
 
 def test_every_parameter_trains_under_autocast_and_the_loss_falls():
     model = timm.create_model("mobilenetv1_dbb", num_classes=4, drop_rate=0.1).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
     x, y = torch.randn(8, 3, 64, 64), torch.arange(8) % 4
     losses = []
     for _ in range(6):
