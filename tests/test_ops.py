@@ -460,6 +460,17 @@ def test_parameters_of_half_precision_stay_with_the_plain_version(ran, half):
     assert ran == ["reference"]
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("made", ["eager", "compiled"])
+def test_half_precision_with_parameters_of_float32_needs_autocast(half, made):
+    layer, x = ULSAM(8, 2).eval(), torch.randn(1, 8, 4, 4, dtype=half)
+    run = layer if made == "eager" else torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="should be the same"):
+        run(x)
+    with torch.autocast("cpu", half):
+        torch.testing.assert_close(run(x), layer.to(half)(x), atol=0.02, rtol=0.02)
+
+
 # Folding.
 
 

@@ -174,6 +174,15 @@ def test_an_exported_model_holds_only_atens_operators(batch, folded, tmp_path):
     torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_exported_model_can_be_cast(dtype):
+    model, x = make_model().eval(), images(2)
+    exported = torch.export.export(model, (x,)).module()
+    expected = model.to(dtype)(x.to(dtype))
+    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 1e-5}[dtype] * expected.abs().max().item()
+    torch.testing.assert_close(exported.to(dtype)(x.to(dtype)), expected, atol=tolerance, rtol=0)
+
+
 def test_a_model_exported_for_training_holds_the_modules_convolutions():
     # what quantization matches its patterns in
     program = torch.export.export(make_model(), (images(),))

@@ -76,13 +76,13 @@ def ulsam(
         return reference.ulsam(*args)
     if torch.onnx.is_in_onnx_export():
         return onnx.ulsam(*args)
-    if _must_stay_plain(x):
-        return reference.ulsam(*args)
+    dtype = weight_dw.dtype
+    if _must_stay_plain(x) or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+        return reference.ulsam(*args)  # which refuses mixed dtypes as any convolution does
     if kernel == "triton" or _takes_kernels(x):
         return _on_gpu(*args)
     if torch.compiler.is_compiling():
         return compiled.ulsam(*args)
-    dtype = weight_dw.dtype
     if x.device.type == "cpu" and (x.dtype == dtype or x.dtype in _HALF) and dtype in (torch.float32, torch.float64):
         return _on_cpu(*args)
     return reference.ulsam(*args)

@@ -46,6 +46,12 @@ def batch_norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     )
 
 
+@torch.fx.wrap
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in `dtype`; no operator if it is already, for an exporter would hold a program to the dtype it saw."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """`x * A + x` with one map A for each of g consecutive groups of channels.
 
@@ -55,7 +61,7 @@ def attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     splits = maps.shape[1]
     subspaces = x.view(batch, splits, channels // splits, height, width)
     # in one step: in half precision 1 + A, rounded by itself, would lose the attention
-    return torch.addcmul(subspaces, subspaces, maps.to(x.dtype).unsqueeze(2)).flatten(1, 2)
+    return torch.addcmul(subspaces, subspaces, as_dtype(maps, x.dtype).unsqueeze(2)).flatten(1, 2)
 
 
 def scores(
