@@ -224,6 +224,26 @@ def test_what_was_there_is_back_where_the_digest_cannot_be_recorded(broken, run,
     assert not list(weights_dir().glob(".package-*"))
 
 
+def test_two_processes_lose_none_of_their_digests(cards):
+    code = (
+        "import sys\n"
+        "from timm_ulsam.pretrained import record_digest\n"
+        "input()\n"
+        "for i in range(50): record_digest(f'mobilenetv2_ulsam.{sys.argv[1]}{i}', '0' * 64)"
+    )
+    env = {**os.environ, "TIMM_ULSAM_WEIGHTS": str(weights_dir())}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, name], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
+        for name in ("a", "b")
+    ]
+    for process in both:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    assert [process.wait() for process in both] == [0, 0]
+    recorded_digests.cache_clear()
+    assert {f"mobilenetv2_ulsam.{name}{i}" for name in "ab" for i in range(50)} <= {*recorded_digests()}
+
+
 def test_blank_lines_between_digests_are_nothing(cards):
     sums = weights_dir() / "SHA256SUMS"
     sums.write_text(sums.read_text() + "\n\n")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 
 from .errors import WeightsError
@@ -144,10 +145,13 @@ def recorded_digest(name: str) -> str:
 
 
 def record_digest(name: str, digest: str) -> None:
-    """Record the SHA-256 of the weights `<arch>.<tag>`; the digests of all others stay as they are."""
+    """Record the SHA-256 of the weights `<arch>.<tag>`; the digests of all others stay, those just added included."""
     sums = weights_dir() / _SUMS_FILE
-    digests = {**(recorded_digests() if sums.is_file() else {}), name: digest}
-    write_text(sums, "".join(f"{digests[name]}  {name}/{WEIGHTS_FILE}\n" for name in sorted(digests)))
+    sums.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(sums.with_name(f".{_SUMS_FILE}.lock")):
+        recorded_digests.cache_clear()
+        digests = {**(recorded_digests() if sums.is_file() else {}), name: digest}
+        write_text(sums, "".join(f"{digests[name]}  {name}/{WEIGHTS_FILE}\n" for name in sorted(digests)))
     recorded_digests.cache_clear()
 
 
