@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,6 +63,18 @@ def test_a_checkpoint_without_its_first_convolution_is_refused_for_another_head_
     state = {k: v for k, v in whole.state_dict().items() if k not in gone}
     with pytest.raises(RuntimeError, match=rf"missing: {first}\."):
         timm.create_model(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=state), **kwargs)
+
+
+@pytest.mark.parametrize(("name", "replaced"), [("resnet50_sa", "none"), ("resnet50_psconv", ".conv2.weight")])
+def test_plain_weights_load_where_what_fits_is_asked_for(name, replaced, tmp_path):
+    small = dict(layers=(1, 1, 1, 1))
+    plain = timm.create_model("resnet50", **small).state_dict()
+    save_file(plain, tmp_path / "plain.safetensors")
+    kwargs = dict(small, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "plain.safetensors")))
+    with pytest.raises(RuntimeError, match="this checkpoint is not one of"):
+        timm.create_model(name, **kwargs)
+    state = timm.create_model(name, pretrained_strict=False, **kwargs).state_dict()
+    assert all(torch.equal(state[key], plain[key]) for key in plain if not key.endswith(replaced))
 
 
 @pytest.mark.parametrize("name", COSTS)

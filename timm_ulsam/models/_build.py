@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from ..pretrained import checked_cfg, downloads_explained
+
+_must_fit = ContextVar("_must_fit", default=True)
 
 
 def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
@@ -34,11 +37,14 @@ def build_model(
     *,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_strict: bool = True,
+    headless: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, with the weights checked before they are loaded.
 
-    Args and returns as there.
+    Args and returns as there, but for `headless`: whether the class has no head for that of the checkpoint. With
+    `pretrained_strict=False` a checkpoint may lack anything and hold more, as for any timm model.
 
     Raises:
         WeightsError: As `timm_ulsam.pretrained.checked_cfg` and `downloads_explained`.
@@ -51,7 +57,12 @@ def build_model(
     with downloads_explained(cfg):
         if pretrained:
             cfg = checked_cfg(cfg, kwargs.get("cache_dir"))
-        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg.to_dict(), **kwargs)
+        kwargs |= dict(pretrained_cfg=cfg.to_dict(), pretrained_strict=pretrained_strict and not headless)
+        token = _must_fit.set(pretrained_strict)
+        try:
+            return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+        finally:
+            _must_fit.reset(token)
 
 
 def unwrapped(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -79,7 +90,8 @@ def check_fits(
 ) -> None:
     """Refuse a converted checkpoint that is not of this model.
 
-    timm loads what fits, and no more, as soon as a head is adapted; a checkpoint of something else must not pass so.
+    timm loads what fits, and no more, as soon as a head is adapted; a checkpoint of something else must not pass so,
+    unless the caller of `build_model` asked for what fits.
 
     Args:
         state_dict: Converted to the model's keys.
@@ -91,6 +103,8 @@ def check_fits(
     Raises:
         RuntimeError: Names all keys that are missing, unexpected, or of another shape, with both shapes.
     """
+    if not _must_fit.get():
+        return
     adapted, reshaped = tuple(adapted), tuple(reshaped)
     own = model.state_dict()
     found = {k: tuple(v.shape) for k, v in state_dict.items() if not k.startswith(adapted)}

@@ -85,19 +85,17 @@ def create_mobilenet(
     arch_def = [[f"{with_expansion if e > 1 else without_expansion}_r{n}_k3_s{s}_e{e}_c{c}"] for e, c, n, s in stages]
     round_chs_fn = partial(round_channels, multiplier=channel_multiplier)
     kwargs_filter = None
-    pretrained_strict = kwargs.pop("pretrained_strict", True)
     features_only = kwargs.pop("features_only", False)
     # features come from a class of their own, unless another way to extract them is asked for
     of_own_class = features_only and "feature_cfg" not in kwargs and "feature_cls" not in kwargs
     if of_own_class:
         model_cls = features_cls
         kwargs_filter = ("num_classes", "num_features", "head_conv", "global_pool")
-        pretrained_strict = False  # the head is not there
     model = build_model(
         model_cls,
         variant,
         pretrained,
-        pretrained_strict=pretrained_strict,
+        headless=of_own_class,
         kwargs_filter=kwargs_filter,
         features_only=features_only and not of_own_class,
         block_args=decode_arch_def(arch_def),
