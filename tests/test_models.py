@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ulsam import ULSAM
@@ -63,6 +64,25 @@ def test_a_checkpoint_without_its_first_convolution_is_refused_for_another_head_
     state = {k: v for k, v in whole.state_dict().items() if k not in gone}
     with pytest.raises(RuntimeError, match=rf"missing: {first}\."):
         timm.create_model(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=state), **kwargs)
+
+
+@pytest.mark.parametrize("name", ["resnet50_sa", "resnet18_doconv", "resnet18_dbb", "mobilenetv1_dbb"])
+def test_an_exported_network_can_be_cast(name):
+    kwargs = dict(layers=(1, 1, 1, 1)) if name.startswith("resnet") else {}
+    model, x = timm.create_model(name, num_classes=3, **kwargs).eval(), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    y = torch.export.export(model, (x,)).module().to(torch.bfloat16)(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, atol=0.05 * expected.abs().max().item(), rtol=0)
+
+
+def test_the_gates_of_shuffle_attention_are_not_decayed():
+    model = timm.create_model("resnet50_sa", layers=(1, 1, 1, 1))
+    free = create_optimizer_v2(model, opt="adamw", weight_decay=0.05).param_groups[0]
+    assert free["weight_decay"] == 0
+    gates = {id(p) for name, p in model.named_parameters() if ".se." in name}
+    assert len(gates) == 24
+    assert gates <= {id(p) for p in free["params"]}
 
 
 @pytest.mark.parametrize(("name", "replaced"), [("resnet50_sa", "none"), ("resnet50_psconv", ".conv2.weight")])

@@ -460,6 +460,11 @@ def test_parameters_of_half_precision_stay_with_the_plain_version(ran, half):
     assert ran == ["reference"]
 
 
+def test_half_precision_with_parameters_of_float32_is_refused_on_meta_too():
+    with pytest.raises(RuntimeError, match="should be the same"):
+        ULSAM(8, 2, device="meta")(torch.randn(1, 8, 4, 4, dtype=torch.bfloat16, device="meta"))
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("made", ["eager", "compiled"])
 def test_half_precision_with_parameters_of_float32_needs_autocast(half, made):

@@ -183,6 +183,12 @@ def test_an_exported_model_can_be_cast(dtype):
     torch.testing.assert_close(exported.to(dtype)(x.to(dtype)), expected, atol=tolerance, rtol=0)
 
 
+def test_a_model_exported_for_training_with_stochastic_depth_can_be_cast():
+    x = images(2)
+    exported = torch.export.export(make_model(drop_path_rate=0.5).train(), (x,)).module()
+    assert exported.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_a_model_exported_for_training_holds_the_modules_convolutions():
     # what quantization matches its patterns in
     program = torch.export.export(make_model(), (images(),))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import as_dtype
 from ._activation import ActLayer, create_act
 from ._checks import check_input, check_positive
 from ._folding import Kernel, double, folded, folded_conv, has_hooks, is_foldable, is_plain
@@ -18,6 +19,7 @@ from .conv_bn import ConvBN, centred_geometry, check_sizes, every
 from .replace import trained_as
 
 torch.fx.wrap("check_input")
+torch.fx.wrap("as_dtype")
 torch.fx.wrap("_border")  # else statistics of the time of tracing would be constants of the graph
 
 
@@ -34,11 +36,13 @@ def with_identity(offset: torch.Tensor) -> torch.Tensor:
     """Weight of a grouped 1x1 convolution, from its offset from the identity."""
     # made anew and no buffer: it would have to be filled again where a model comes from the meta device
     channels, per_group = offset.shape[:2]
-    eye = torch.eye(per_group, device=offset.device, dtype=offset.dtype)
-    return offset + eye.repeat(channels // per_group, 1)[:, :, None, None]
+    rows = torch.arange(channels, device=offset.device) % per_group
+    own = rows[:, None] == torch.arange(per_group, device=offset.device)
+    # no zeros and ones to add, whose dtype an exported program would keep where it is cast
+    return torch.where(own[:, :, None, None], offset + 1, offset)
 
 
-torch.fx.wrap("with_identity")  # that of PyTorch 2.8 cannot trace torch.eye on the device of a tensor
+torch.fx.wrap("with_identity")  # symbolic tracing has no device to make tensors on
 
 
 class IdentityConv2d(nn.Module):
@@ -100,7 +104,7 @@ class BNAndPad(nn.Module):
         else:
             y = bn(x)
             border = _border(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
-        border = border.to(y.dtype)
+        border = as_dtype(border, y.dtype)
         return y - border[:, None, None], border
 
 

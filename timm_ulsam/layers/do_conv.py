@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import as_dtype
 from ._checks import check_input, check_positive, divisors, is_positive, pair
 from .replace import trained_as
 
@@ -49,12 +50,13 @@ def compose_kernel(
     if d is None or d_diag is None:
         return w.reshape(shape)
     dtype = torch.promote_types(w.dtype, torch.float32)
+    exact_w, exact_d = as_dtype(w, dtype), as_dtype(d, dtype)
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
         if w.device.type != "meta" and torch.is_autocast_enabled(w.device.type):
             with torch.autocast(w.device.type, enabled=False):
-                kernel = _over_parameterized(w.to(dtype), d.to(dtype) + d_diag, depthwise)
-            return kernel.to(w.dtype).reshape(shape)
-    return _over_parameterized(w.to(dtype), d.to(dtype) + d_diag, depthwise).to(w.dtype).reshape(shape)
+                kernel = _over_parameterized(exact_w, exact_d + d_diag, depthwise)
+            return as_dtype(kernel, w.dtype).reshape(shape)
+    return as_dtype(_over_parameterized(exact_w, exact_d + d_diag, depthwise), w.dtype).reshape(shape)
 
 
 def _in_float64(tensor: torch.Tensor) -> torch.Tensor:

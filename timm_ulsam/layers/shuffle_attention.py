@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops import as_dtype
 from ._checks import check_input, check_positive, divisors, is_positive
 
 torch.fx.wrap("check_input")
@@ -90,7 +91,7 @@ def shuffle_attention(
         y = _without_gradient(x, cweight, cbias, scale, shift, groups, eps)
     else:
         y = _with_group_norm(x, cweight, cbias, scale, shift, channels, groups, eps)
-    y = _shuffled(y.to(x.dtype))
+    y = _shuffled(as_dtype(y, x.dtype))
     return y.contiguous(memory_format=torch.channels_last) if is_channels_last else y
 
 

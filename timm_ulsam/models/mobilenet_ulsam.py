@@ -67,7 +67,8 @@ class ULSAMBlock(ULSAM):
             if self._is_fusable(x):
                 map_scale = None
                 if type(self.drop_path) is DropPath and self.drop_path.training:
-                    ones = torch.ones(x.shape[0], 1, 1, 1, dtype=self.conv_dw.weight.dtype, device=x.device)
+                    # made of a parameter, so that they are cast with it in an exported program
+                    ones = torch.ones_like(self.conv_dw.weight[:1]).expand(x.shape[0], -1, -1, -1)
                     map_scale = self.drop_path(ones)
                 return self._fused(x, map_scale)
         return attend(x, self.drop_path(self.attention(x)))

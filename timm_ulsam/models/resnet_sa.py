@@ -15,7 +15,17 @@ from torch import nn
 from ..layers.shuffle_attention import ShuffleAttention
 from ._build import build_model, check_fits, imagenet_cfg, renamed, unwrapped
 
-__all__ = []
+__all__ = ["SANet"]
+
+
+class SANet(ResNet):
+    """timm's ResNet with Shuffle Attention; args and raises as for `ResNet`."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        # scales and shifts of the gates, which timm cannot tell by their shape (1, C, 1, 1) or by their names
+        layers = (name for name, module in self.named_modules() if isinstance(module, ShuffleAttention))
+        return {f"{layer}.{name}" for layer in layers for name in ("cweight", "cbias", "sweight", "sbias")}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -48,28 +58,28 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_resnet_sa(variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
+def _create_resnet_sa(variant: str, pretrained: bool, **kwargs: Any) -> SANet:
     model_args = dict(block=Bottleneck, block_args=dict(attn_layer=ShuffleAttention))
     kwargs = dict(model_args, **kwargs)
-    return build_model(ResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(SANet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
-def resnet50_sa(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def resnet50_sa(pretrained: bool = False, **kwargs: Any) -> SANet:
     """ResNet-50 with Shuffle Attention (SA-Net50): 64 groups, before every residual addition."""
     model_args = dict(layers=(3, 4, 6, 3))
     return _create_resnet_sa("resnet50_sa", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def resnet101_sa(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def resnet101_sa(pretrained: bool = False, **kwargs: Any) -> SANet:
     """ResNet-101 with Shuffle Attention (SA-Net101): 64 groups, before every residual addition."""
     model_args = dict(layers=(3, 4, 23, 3))
     return _create_resnet_sa("resnet101_sa", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def resnet152_sa(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def resnet152_sa(pretrained: bool = False, **kwargs: Any) -> SANet:
     """ResNet-152 with Shuffle Attention: 64 groups, before every residual addition."""
     model_args = dict(layers=(3, 8, 36, 3))
     return _create_resnet_sa("resnet152_sa", pretrained, **dict(model_args, **kwargs))

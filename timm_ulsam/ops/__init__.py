@@ -2,6 +2,6 @@
 
 from .dispatch import ulsam
 from .fold import fold
-from .reference import Norm, attend
+from .reference import Norm, as_dtype, attend
 
-__all__ = ["Norm", "attend", "fold", "ulsam"]
+__all__ = ["Norm", "as_dtype", "attend", "fold", "ulsam"]

@@ -77,7 +77,7 @@ def ulsam(
     if torch.onnx.is_in_onnx_export():
         return onnx.ulsam(*args)
     dtype = weight_dw.dtype
-    if _must_stay_plain(x) or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+    if _must_stay_plain(x) or (x.dtype != dtype and not _is_autocast(x.device.type)):
         return reference.ulsam(*args)  # which refuses mixed dtypes as any convolution does
     if kernel == "triton" or _takes_kernels(x):
         return _on_gpu(*args)
@@ -105,6 +105,11 @@ def _must_stay_plain(x: torch.Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def _is_autocast(device: str) -> bool:
+    # 'meta' has no autocast to ask for
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _is_exporting() -> bool:
