@@ -21,6 +21,7 @@ from timm_ulsam.systems import cost
 SCRIPTS = os.environ.get("TIMM_SCRIPTS")
 NAMES = sorted(file.stem for file in (REPO / "weights/facts").glob("*.yaml"))
 PRETRAINED = [name for name in NAMES if name.endswith(".tin200")]
+ABLATION = [name for name in NAMES if ".tin200_6ep_g" in name]
 FINE_TUNED = [name for name in NAMES if name.endswith((".grocery81", ".tin200_ft_grocery81"))]
 
 
@@ -64,6 +65,16 @@ def test_runs_that_are_compared_differ_in_the_model_and_its_start_only(names):
     assert all(recipe == recipes[0] for recipe in recipes)
     # of none was the best epoch picked out
     assert all(read_yaml(facts_file(name))["epoch"] == recipes[0]["epochs"] - 1 for name in names)
+
+
+def test_the_ablation_differs_from_pretraining_in_epochs_and_number_of_subspaces_only():
+    recipes = {name: read_yaml(recipe_file(name)) for name in ABLATION}
+    assert {recipe.pop("model_kwargs")["num_splits"] for recipe in recipes.values()} == {1, 2, 4, 8, 16}
+    (epochs,) = {recipe.pop("epochs") for recipe in recipes.values()}
+    pretraining = read_yaml(recipe_file("mobilenetv2_ulsam.tin200"))
+    for name, recipe in recipes.items():
+        assert {**recipe, "epochs": pretraining["epochs"], "experiment": pretraining["experiment"]} == pretraining
+        assert read_yaml(facts_file(name))["epoch"] == epochs - 1
 
 
 @pytest.mark.parametrize("dataset", ["tiny-imagenet", "grocery-store"])
