@@ -228,14 +228,15 @@ def test_two_processes_lose_none_of_their_digests(cards):
     code = (
         "import sys\n"
         "from timm_ulsam.pretrained import record_digest\n"
+        "print('ready', flush=True)\n"
         "input()\n"
         "for i in range(50): record_digest(f'mobilenetv2_ulsam.{sys.argv[1]}{i}', '0' * 64)"
     )
     env = {**os.environ, "TIMM_ULSAM_WEIGHTS": str(weights_dir())}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code, name], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
-        for name in ("a", "b")
-    ]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    both = [subprocess.Popen([sys.executable, "-c", code, name], env=env, **pipes) for name in ("a", "b")]
+    for process in both:
+        assert process.stdout.readline().strip() == b"ready"
     for process in both:
         process.stdin.write(b"\n")
         process.stdin.flush()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import as_dtype
+from ..ops import as_dtype, is_autocast
 from ._checks import check_input, check_positive, divisors, is_positive, pair
 from .replace import trained_as
 
@@ -52,7 +52,7 @@ def compose_kernel(
     dtype = torch.promote_types(w.dtype, torch.float32)
     exact_w, exact_d = as_dtype(w, dtype), as_dtype(d, dtype)
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript drops what is inside
-        if w.device.type != "meta" and torch.is_autocast_enabled(w.device.type):
+        if is_autocast(w.device):
             with torch.autocast(w.device.type, enabled=False):
                 kernel = _over_parameterized(exact_w, exact_d + d_diag, depthwise)
             return as_dtype(kernel, w.dtype).reshape(shape)

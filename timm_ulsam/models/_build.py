@@ -12,6 +12,7 @@ from torch import nn
 
 from ..pretrained import checked_cfg, downloads_explained
 
+# for `check_fits`, which runs in filters that timm calls without what the caller said
 _must_fit = ContextVar("_must_fit", default=True)
 
 

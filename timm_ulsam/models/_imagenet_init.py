@@ -68,9 +68,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         weight, bias = f"{prefix}bn_pw.weight", f"{prefix}bn_pw.bias"
         converted.update({weight: torch.zeros_like(converted[weight]), bias: torch.ones_like(converted[bias])})
     for key, constant in _constants(model):
-        if key not in converted:  # with pretrained_strict=False
-            continue
-        converted[key] = (converted[key].double() / constant).to(converted[key].dtype)
+        if key in converted:  # else pretrained_strict=False
+            converted[key] = (converted[key].double() / constant).to(converted[key].dtype)
     return converted
 
 

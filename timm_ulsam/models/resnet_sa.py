@@ -24,8 +24,8 @@ class SANet(ResNet):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         # scales and shifts of the gates, which timm cannot tell by their shape (1, C, 1, 1) or by their names
-        layers = (name for name, module in self.named_modules() if isinstance(module, ShuffleAttention))
-        return {f"{layer}.{name}" for layer in layers for name in ("cweight", "cbias", "sweight", "sbias")}
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, ShuffleAttention)}
+        return {f"{layer}.{name}" for layer, module in layers.items() for name, _ in module.named_parameters()}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:

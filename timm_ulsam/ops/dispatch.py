@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from ..errors import InputError, KernelError
 from . import compiled, cpu, onnx, reference
+from .dtypes import is_autocast
 from .reference import Norm
 
 KERNELS = ("auto", "reference", "triton")
@@ -77,7 +78,7 @@ def ulsam(
     if torch.onnx.is_in_onnx_export():
         return onnx.ulsam(*args)
     dtype = weight_dw.dtype
-    if _must_stay_plain(x) or (x.dtype != dtype and not _is_autocast(x.device.type)):
+    if _must_stay_plain(x) or (x.dtype != dtype and not is_autocast(x.device)):
         return reference.ulsam(*args)  # which refuses mixed dtypes as any convolution does
     if kernel == "triton" or _takes_kernels(x):
         return _on_gpu(*args)
@@ -107,11 +108,6 @@ def _must_stay_plain(x: torch.Tensor) -> bool:
     )
 
 
-def _is_autocast(device: str) -> bool:
-    # 'meta' has no autocast to ask for
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
 def _is_exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
@@ -119,7 +115,7 @@ def _is_exporting() -> bool:
 def _on_cpu(x: torch.Tensor, *args) -> torch.Tensor:
     if args[-1] is not None and args[-1].requires_grad:
         return reference.ulsam(x, *args)
-    if not torch.is_autocast_enabled("cpu"):
+    if not is_autocast(x.device):
         return cpu.ulsam(x, *args)
     with torch.autocast("cpu", enabled=False):  # float32 inside, whatever is around
         return cpu.ulsam(x, *args)

@@ -9,6 +9,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .dtypes import as_dtype
+
+torch.fx.wrap("as_dtype")
+
 
 class Norm(NamedTuple):
     """What a batch norm over C channels holds.
@@ -44,12 +48,6 @@ def batch_norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     return F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
     )
-
-
-@torch.fx.wrap
-def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` in `dtype`; no operator if it is already, for an exporter would hold a program to the dtype it saw."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def attend(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
