@@ -23,21 +23,21 @@ _PUBLISHED_MODULES = {"conv_dws": "conv_dw", "bn_dws": "bn_dw", "conv_point": "c
 
 torch.fx.wrap("check_input")
 
-# What `ULSAM` is built of, in order: where each one is of its type and nobody listens to it, the fused function does
-# what calling them does.
-_FUSABLE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
 _PAIRS = (("conv_dw", "bn_dw"), ("conv_pw", "bn_pw"))
 _CONV = ((1, 1), (1, 1), (0, 0))
 _POOL = (3, 1, 1, 1, False, False)
 
 
+def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter or buffer, without `nn.Module.__getattr__`, which takes longer than some operators, where it may."""
+    tensor = module._parameters.get(name)
+    if tensor is None:
+        tensor = module._buffers.get(name)
+    return getattr(module, name) if tensor is None else tensor  # replicas have them as plain attributes
+
+
 def is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of this very type, as it was made, and has no hooks: calling it does what its type does."""
-    if kind is nn.BatchNorm2d:
-        if type(module) is Folded:
-            kind = Folded
-        elif type(module) is kind and (module.weight is None or module.bias is None or module.momentum is None):
-            return False
     return (
         type(module) is kind
         and "forward" not in module.__dict__
@@ -58,13 +58,27 @@ def _has_global_hooks() -> bool:
 
 def _is_conv(conv: nn.Conv2d, channels: int) -> bool:
     return (
-        conv.groups == conv.out_channels == channels
+        is_unchanged(conv, nn.Conv2d)
+        and conv.groups == conv.out_channels == channels
         and (conv.kernel_size, conv.stride, conv.padding) == _CONV
-        and conv.bias is not None
+        and _tensor(conv, "bias") is not None
+    )
+
+
+def _is_norm(bn: nn.Module) -> bool:
+    if type(bn) is Folded:
+        return is_unchanged(bn, Folded)
+    return (
+        is_unchanged(bn, nn.BatchNorm2d)
+        and bn.momentum is not None
+        and _tensor(bn, "weight") is not None
+        and _tensor(bn, "bias") is not None
     )
 
 
 def _is_pool(pool: nn.MaxPool2d) -> bool:
+    if not is_unchanged(pool, nn.MaxPool2d):
+        return False
     settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.return_indices, pool.ceil_mode
     return settings == _POOL
 
@@ -73,10 +87,13 @@ def _norm_of(bn: nn.Module) -> Norm | None:
     """What the fused function needs of a batch norm; its count of batches moves on as by a call."""
     if type(bn) is Folded:
         return None
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+    training, tracks = bn.training, bn.track_running_stats
+    if training and tracks and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-    running = (bn.running_mean, bn.running_var) if bn.track_running_stats or not bn.training else (None, None)
-    return Norm(bn.weight, bn.bias, *running, bn.training or running[0] is None, bn.momentum, bn.eps)
+    mean = var = None
+    if tracks or not training:
+        mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
+    return Norm(_tensor(bn, "weight"), _tensor(bn, "bias"), mean, var, training or mean is None, bn.momentum, bn.eps)
 
 
 class Folded(nn.Identity):
@@ -167,28 +184,28 @@ class ULSAM(nn.Module):
         return attend(x, self.attention(x))
 
     def _is_fusable(self, x: torch.Tensor) -> bool:
+        # where each module is of its type and nobody listens to it, the fused function does what calling them does;
         # synchronized, split and frozen batch norms, other activations, quantized convolutions, hooks: modules to call
-        modules = self._modules
-        ours = list(modules.values())[: len(_FUSABLE)]  # a subclass may have more
-        if not (
+        conv_dw, bn_dw, act_dw, pool, conv_pw, bn_pw, act_pw, *_ = self._modules.values()  # a subclass may have more
+        return (
             isinstance(x, torch.Tensor)
-            # a list, as torch.compile of PyTorch 2.8 does not look into a generator
-            and all([is_unchanged(module, kind) for module, kind in zip(ours, _FUSABLE, strict=True)])  # noqa: C419
+            and _is_conv(conv_dw, self.channels)
+            and _is_norm(bn_dw)
+            and is_unchanged(act_dw, nn.ReLU)
+            and _is_pool(pool)
+            and _is_conv(conv_pw, self.num_splits)
+            and _is_norm(bn_pw)
+            and is_unchanged(act_pw, nn.ReLU)
             and type(self).attention is ULSAM.attention
             and not _has_global_hooks()
-        ):
-            return False
-        return (
-            _is_conv(modules["conv_dw"], self.channels)
-            and _is_conv(modules["conv_pw"], self.num_splits)
-            and _is_pool(modules["pool"])
         )
 
     def _fused(self, x: torch.Tensor, map_scale: torch.Tensor | None) -> torch.Tensor:
         check_input(x, self.channels)
         conv_dw, bn_dw, _, _, conv_pw, bn_pw, *_ = self._modules.values()
-        dw, pw = _norm_of(bn_dw), _norm_of(bn_pw)
-        return ulsam(x, conv_dw.weight, conv_dw.bias, dw, conv_pw.weight, conv_pw.bias, pw, map_scale)
+        dw = _tensor(conv_dw, "weight"), _tensor(conv_dw, "bias"), _norm_of(bn_dw)
+        pw = _tensor(conv_pw, "weight"), _tensor(conv_pw, "bias"), _norm_of(bn_pw)
+        return ulsam(x, *dw, *pw, map_scale)
 
     def reparameterize(self) -> None:
         """Fold both batch norms into the convolutions, in place, for inference: `--reparam` of timm's scripts.

@@ -330,9 +330,10 @@ def _scores_backward(
         shape = (part.stop - part.start, height, width, channels)
         indices, pixels, y, pooled, grad = (buffer[: shape[0] * height * width] for buffer in buffers)
         indices4, y4, pooled4, grad4 = (t.view(shape).permute(0, 3, 1, 2) for t in (indices, y, pooled, grad))
-        pixels.view(shape).copy_(x[part].permute(0, 2, 3, 1))
-        if mean is not None:
-            pixels -= mean
+        if mean is None:
+            pixels.view(shape).copy_(x[part].permute(0, 2, 3, 1))
+        else:
+            torch.sub(x[part].permute(0, 2, 3, 1), mean, out=pixels.view(shape))
         torch.addcmul(shift, pixels, scale, out=y).relu_()
         aten.max_pool2d_with_indices.out(y4, [3, 3], [1, 1], [1, 1], out=pooled4, indices=indices4)
         grad_scores = grad_z[part].permute(0, 2, 3, 1).reshape(-1, weight_pw.shape[0], 1)
@@ -347,7 +348,7 @@ def _scores_backward(
         spread_part = spread[: len(grad) * wide].view(*shape[:3], wide)[..., :channels]
         torch.mul(grad.view(shape), scale, out=spread_part)
         grad_part, grad_y_part = grad_x[part], grad_y[part].to(weight.dtype)
-        grad_part.copy_(spread_part.permute(0, 3, 1, 2)).add_(grad_y_part)
+        torch.add(spread_part.permute(0, 3, 1, 2), grad_y_part, out=grad_part)
         splits = (weight_pw.shape[0], -1)
         grad_part = grad_part.unflatten(1, splits)
         grad_part.addcmul_(grad_y_part.unflatten(1, splits), _like(x, maps[part]).unsqueeze(2))
@@ -372,7 +373,7 @@ def _scores_backward(
         for part in parts:
             centred = _buffer_like(x[part], buffers[1])
             torch.sub(x[part], _per_channel(mean), out=centred)
-            grad_x[part].add_(centred.mul_(grad_var).add_(grad_mean))
+            grad_x[part].addcmul_(centred, grad_var).add_(grad_mean)
     return (
         grad_x.to(x.dtype),
         grad_weight.view(weight_dw.shape),

@@ -75,16 +75,19 @@ def ulsam(
     kernel = _requested()
     if kernel == "reference":
         return reference.ulsam(*args)
-    if torch.onnx.is_in_onnx_export():
-        return onnx.ulsam(*args)
+    if torch.jit.is_tracing() or _is_exporting():
+        return onnx.ulsam(*args) if torch.onnx.is_in_onnx_export() else reference.ulsam(*args)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _must_stay_plain(x):
+        return reference.ulsam(*args)
     dtype = weight_dw.dtype
-    if _must_stay_plain(x) or (x.dtype != dtype and not is_autocast(x.device)):
+    if x.dtype != dtype and not is_autocast(x.device):
         return reference.ulsam(*args)  # which refuses mixed dtypes as any convolution does
     if kernel == "triton" or _takes_kernels(x):
         return _on_gpu(*args)
-    if torch.compiler.is_compiling():
+    if compiling:
         return compiled.ulsam(*args)
-    if x.device.type == "cpu" and (x.dtype == dtype or x.dtype in _HALF) and dtype in (torch.float32, torch.float64):
+    if x.is_cpu and (x.dtype == dtype or x.dtype in _HALF) and dtype in (torch.float32, torch.float64):
         return _on_cpu(*args)
     return reference.ulsam(*args)
 
@@ -94,11 +97,7 @@ def _takes_kernels(x: torch.Tensor) -> bool:
 
 
 def _must_stay_plain(x: torch.Tensor) -> bool:
-    """Whether someone looks at the operators themselves (exporters, FLOP counters), or transforms each of them."""
-    if torch.jit.is_tracing() or _is_exporting():
-        return True
-    if torch.compiler.is_compiling():
-        return False
+    """Whether someone looks at the operators themselves, as FLOP counters do, or transforms each of them."""
     return (
         type(x) not in (torch.Tensor, torch.nn.Parameter)
         or x.numel() <= x.shape[1]  # nothing, or batch statistics of one value, which batch norm refuses
@@ -115,7 +114,7 @@ def _is_exporting() -> bool:
 def _on_cpu(x: torch.Tensor, *args) -> torch.Tensor:
     if args[-1] is not None and args[-1].requires_grad:
         return reference.ulsam(x, *args)
-    if not is_autocast(x.device):
+    if not torch.is_autocast_enabled("cpu"):
         return cpu.ulsam(x, *args)
     with torch.autocast("cpu", enabled=False):  # float32 inside, whatever is around
         return cpu.ulsam(x, *args)
