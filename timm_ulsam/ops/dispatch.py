@@ -107,8 +107,9 @@ def _must_stay_plain(x: torch.Tensor) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result  # PyTorch 2.8 would take it for true in whatever it compiles
 def _is_exporting() -> bool:
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    return torch.compiler.is_exporting()
 
 
 def _on_cpu(x: torch.Tensor, *args) -> torch.Tensor:
