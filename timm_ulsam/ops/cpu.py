@@ -149,7 +149,7 @@ def _scores_small(
     pixels = x.to(weight_dw.dtype).permute(0, 2, 3, 1).contiguous()
     y = torch.addcmul(bias_dw, pixels, weight_dw.view(-1)).permute(0, 3, 1, 2)
     y = torch.max_pool2d(batch_norm(y, norm).relu_(), 3, 1, 1).permute(0, 2, 3, 1)
-    y = y.view(*y.shape[:3], *weight_pw.shape[:2]) * weight_pw.flatten(1)
+    y = y.view(*y.shape[:3], *weight_pw.shape[:2]).mul_(weight_pw.flatten(1))
     return y.sum(-1).permute(0, 3, 1, 2).contiguous()
 
 
@@ -219,7 +219,7 @@ def _scores_channels_last(
         samples = part.stop - part.start
         torch.addcmul(shift, pixels[part], scale, out=flat.interior(samples)).relu_()
         y = flat.max_pool(samples).view(samples, *flat.shape, *weight.shape)
-        z[part] = (y * weight).sum(-1).permute(0, 3, 1, 2)[..., :-1, :-1]
+        z[part] = y.mul_(weight).sum(-1).permute(0, 3, 1, 2)[..., :-1, :-1]
     return z
 
 
