@@ -62,7 +62,7 @@ def check_training(model: str, size: int, images: Path, tmp_path: Path, start: S
     # fmt: off
     options = [
         "--data-dir", images, "--model", model, "--num-classes", 2, "--device", "cpu", "--img-size", size, "-b", 4,
-        "--workers", 1, "--output", tmp_path, "--experiment", "run", "--opt", "adamw", "--lr", 1e-3,
+        "--workers", 1, "--output", tmp_path, "--experiment", "run", "--opt", "adamw", "--lr", 2e-4,
         "--warmup-epochs", 0,
     ]
     # fmt: on
